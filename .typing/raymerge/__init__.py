@@ -1,0 +1,1 @@
+../../raymerge/__init__.py

@@ -1,0 +1,1 @@
+"""The driver: recipes, plans, runs, and connecting to Ray."""

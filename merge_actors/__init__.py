@@ -1,0 +1,1 @@
+"""What a worker does: checkpoints, methods, tasks, the merge worker. Importable without ray."""

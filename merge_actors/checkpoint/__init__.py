@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, ranges, output layout, writing."""

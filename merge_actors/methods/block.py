@@ -1,0 +1,216 @@
+"""A block: one run of elements of one tensor in every model, as a formula sees it.
+
+Tensors are processed in units of about 65,536 elements, small enough for their float32
+copies to stay in a core's cache. A unit is a fixed piece of the tensor (`unit_elements`
+counts from the tensor's first element), so sums taken per unit never depend on how the
+tensor was cut into slices. On a CPU a block is one unit; on a GPU it is many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymerge.merge_actors.methods.interface import Settings, Sparsifier, State, Value
+
+if TYPE_CHECKING:
+    import torch
+
+#: Elements of a unit: float32 scratch of this length fits a core's second-level cache.
+UNIT = 1 << 16
+#: A row longer than this is cut like a flat tensor by elementwise methods.
+_LONGEST_ROW = 1 << 20
+
+
+def unit_elements(shape: Sequence[int], split: str) -> int:
+    """Return the number of elements of one unit of a tensor: whole rows where it has rows.
+
+    Args:
+        shape: the whole tensor's shape; a row is its last axis.
+        split: how the method may cut it, "elementwise" or "rowwise".
+    """
+    columns = shape[-1] if shape else 1
+    if split == "elementwise" and (len(shape) < 2 or columns > _LONGEST_ROW):
+        return UNIT
+    return max(1, UNIT // max(1, columns)) * max(1, columns)
+
+
+class Pool:
+    """Scratch tensors that are handed out block by block and used again for the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._used: dict[torch.dtype, int] = {}
+
+    def take(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor of `num_elements`, valid until the next `reset`."""
+        import torch
+
+        buffers = self._free.setdefault(dtype, [])
+        used = self._used.get(dtype, 0)
+        if used == len(buffers):
+            buffers.append(torch.empty(max(num_elements, UNIT), dtype=dtype, device=self.device))
+        elif buffers[used].numel() < num_elements:
+            buffers[used] = torch.empty(num_elements, dtype=dtype, device=self.device)
+        self._used[dtype] = used + 1
+        return buffers[used][:num_elements]
+
+    def reset(self) -> None:
+        """Take every scratch tensor back."""
+        self._used.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One sparsifying step of one model, ready to apply."""
+
+    sparsifier: Sparsifier
+    parameters: Mapping[str, Value]
+    state: State = None
+
+
+class Block:
+    """Elements [begin, end) of one tensor in all models.
+
+    A formula asks for what it needs: `base()`, `model(i)`, `delta(i)`. Each is converted to
+    the compute dtype (float32; float64 if an input is float64) on demand, and the recipe's
+    sparsifying steps are already in it: `delta(i)` is the thinned delta and `model(i)` is
+    base + thinned delta. Tensors come back flat for an elementwise method, and of shape
+    (rows, columns) for a rowwise one. What `base()` returns is shared: never write to it.
+    """
+
+    def __init__(
+        self,
+        *,
+        raw_base_P: torch.Tensor | None,
+        raw_models_P: Sequence[torch.Tensor],
+        begin: int,
+        shape: Sequence[int],
+        unit: int,
+        settings: Settings,
+        stages: Sequence[Sequence[Stage]],
+        keys: Sequence[int],
+        state: State,
+        pool: Pool,
+        is_rowwise: bool,
+    ) -> None:
+        import torch
+
+        raws = [*raw_models_P, *([] if raw_base_P is None else [raw_base_P])]
+        self.dtype = torch.float64 if any(r.dtype == torch.float64 for r in raws) else torch.float32
+        self.begin = begin
+        self.num_elements = raws[0].numel()
+        self.tensor_shape = tuple(shape)
+        self.unit = unit
+        self.settings = settings
+        self.keys = keys
+        self.state = state
+        self._raw_base_P = raw_base_P
+        self._raw_models_P = raw_models_P
+        self._stages = stages
+        self._pool = pool
+        columns = max(1, shape[-1]) if len(shape) else 1
+        self.block_shape = (self.num_elements // columns, columns) if is_rowwise else (self.num_elements,)
+        self._base: torch.Tensor | None = None
+
+    @property
+    def num_models(self) -> int:
+        """Number of models, without the base."""
+        return len(self._raw_models_P)
+
+    @property
+    def has_base(self) -> bool:
+        """Is there a base model?"""
+        return self._raw_base_P is not None
+
+    @property
+    def shared(self) -> Mapping[str, Value]:
+        """Return the parameters given once."""
+        return self.settings.shared
+
+    def number(self, name: str) -> float:
+        """Return a shared parameter as a float."""
+        value = self.settings.shared[name]
+        assert value is not None and not isinstance(value, str), name
+        return float(value)
+
+    def numbers(self, name: str) -> list[float]:
+        """Return a parameter of each model as floats, in the order of the models."""
+        return [float(model[name]) for model in self.settings.models]  # type: ignore[arg-type]
+
+    def scratch(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return an uninitialised tensor of the block's shape that lives as long as the block."""
+        return self._pool.take(self.num_elements, dtype or self.dtype).view(self.block_shape)
+
+    def zeros(self) -> torch.Tensor:
+        """Return zeros of the block's shape."""
+        return self.scratch().zero_()
+
+    def base(self) -> torch.Tensor:
+        """Return the base's elements; shared between callers, not to be written to."""
+        if self._base is None:
+            assert self._raw_base_P is not None
+            self._base = self._convert(self._raw_base_P, None)
+        return self._base
+
+    def model(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return model `index`, in `out` or in fresh scratch that the caller may overwrite."""
+        if self._stages[index]:
+            return self.delta(index, out).add_(self.base())
+        return self._convert(self._raw_models_P[index], self.scratch() if out is None else out)
+
+    def delta(self, index: int, out: torch.Tensor | None = None, num_stages: int | None = None) -> torch.Tensor:
+        """Return model `index` minus the base, sparsified, in `out` or in fresh scratch.
+
+        Args:
+            index: which model.
+            out: where to put it, of the block's shape; else fresh scratch.
+            num_stages: apply only the first so many sparsifying steps (measuring needs it).
+        """
+        delta = self._convert(self._raw_models_P[index], self.scratch() if out is None else out)
+        delta.sub_(self.base())
+        for stage in self._stages[index][:num_stages]:
+            delta = stage.sparsifier.apply(delta, stage.parameters, index, self, stage.state)
+        return delta
+
+    def unit_sums(self, values: torch.Tensor) -> NDArray[np.float64]:
+        """Sum `values` (of the block's shape) over each unit, in float64: shape (units,)."""
+        import torch
+
+        flat = values.reshape(-1)
+        whole = flat.numel() // self.unit * self.unit
+        sums = [flat[:whole].view(-1, self.unit).sum(dim=1, dtype=torch.float64)] if whole else []
+        if whole < flat.numel():
+            sums.append(flat[whole:].sum(dtype=torch.float64).view(1))
+        return torch.cat(sums).cpu().numpy() if sums else np.zeros(0)
+
+    def unit_dots(self, first: torch.Tensor, second: torch.Tensor) -> NDArray[np.float64]:
+        """Dot two tensors over each unit, products and sums in float64: shape (units,)."""
+        import torch
+
+        left = self._pool.take(self.num_elements, torch.float64)
+        left.copy_(first.reshape(-1))
+        if first is second:
+            left.mul_(left)
+        else:
+            left.mul_(second.reshape(-1))
+        return self.unit_sums(left)
+
+    def _convert(self, raw_P: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if out is None:
+            if raw_P.dtype == self.dtype:
+                return raw_P.view(self.block_shape)
+            out = self.scratch()
+        return out.copy_(raw_P.view(self.block_shape))
+
+
+def fsum_columns(summaries: Iterable[NDArray[np.float64]]) -> list[float]:
+    """Add the per-unit sums of all slices exactly: arrays (units, K) -> K correctly rounded sums."""
+    table = np.concatenate(list(summaries))
+    return [math.fsum(column) for column in table.reshape(len(table), -1).T.tolist()]

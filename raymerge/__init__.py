@@ -1,0 +1,1 @@
+"""Merge language-model checkpoints on Ray."""

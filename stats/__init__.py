@@ -1,0 +1,1 @@
+"""What is measured: statistics of models and of their differences."""
