@@ -85,7 +85,7 @@ def _read_raw(file: str) -> tuple[bytes, int]:
             first = stream.read(_LENGTH_BYTES)
             if len(first) < _LENGTH_BYTES:
                 raise CheckpointError(
-                    f"{file} has {file_bytes} bytes; a safetensors file has at least {_LENGTH_BYTES}: {_AGAIN}."
+                    f"{file} has {file_bytes} bytes; a safetensors file has at least 8; {_AGAIN}."
                 )
             if first == b"version ":
                 raise CheckpointError(
@@ -94,8 +94,8 @@ def _read_raw(file: str) -> tuple[bytes, int]:
             num_header_bytes = int.from_bytes(first, "little")
             if num_header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file} claims a header of {num_header_bytes:,} bytes; the limit is {MAX_HEADER_BYTES:,}: "
-                    f"it is corrupt or no safetensors file; {_AGAIN}."
+                    f"{file} claims a header of {num_header_bytes:,} bytes; the limit is "
+                    f"{MAX_HEADER_BYTES:,}: it is corrupt or no safetensors file; {_AGAIN}."
                 )
             if _LENGTH_BYTES + num_header_bytes > file_bytes:
                 raise CheckpointError(
@@ -104,7 +104,9 @@ def _read_raw(file: str) -> tuple[bytes, int]:
                 )
             return stream.read(num_header_bytes), file_bytes
     except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}; check the path and its access.") from error
+        raise CheckpointError(
+            f"cannot read {file}: {error.strerror}; check the path and its access."
+        ) from error
 
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:
@@ -161,7 +163,9 @@ def _refuse_number(text: str) -> None:
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise CheckpointError(f"__metadata__ in {file} must map strings to strings; write the file again without it.")
+        raise CheckpointError(
+            f"__metadata__ in {file} must map strings to strings; write the file again without it."
+        )
     return value
 
 
@@ -182,7 +186,8 @@ def _tensor(name: str, entry: Any, file: str, data_begin: int) -> TensorInfo:
         )
     if not _are_ints(shape):
         raise CheckpointError(
-            f"tensor {name!r} in {file} has the shape {shape!r}; it must be a list of integers: write the file again."
+            f"tensor {name!r} in {file} has the shape {shape!r}; it must be a list of integers: "
+            "write the file again."
         )
     if not _are_ints(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
@@ -237,10 +242,11 @@ def _check_contiguous(tensors: Iterable[TensorInfo], file: str, data_begin: int,
         previous = repr(tensor.name)
     if file_bytes < expected:
         raise CheckpointError(
-            f"{file} is truncated: {previous} ends at byte {expected:,}, the file has {file_bytes:,} bytes; {_AGAIN}."
+            f"{file} is truncated: {previous} ends at byte {expected:,}, the file has {file_bytes:,} bytes; "
+            f"{_AGAIN}."
         )
     if file_bytes > expected:
         raise CheckpointError(
-            f"{file} has {file_bytes:,} bytes, but {previous} is the last to use it and ends at byte {expected:,}; "
+            f"{file} has {file_bytes:,} bytes, but its last tensor, {previous}, ends at byte {expected:,}; "
             f"the file is corrupt: {_AGAIN}."
         )

@@ -116,6 +116,30 @@ def lay_out(tensors: Iterable[OutputTensor], limit: ShardLimit | int) -> Layout:
     return Layout(files, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def write_header(
+    tensors: Sequence[OutputTensor], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Compute the header of one file, and [begin, end) of each tensor from the start of the file.
+
+    Args:
+        tensors: in the order of the file, but that wider dtypes come first.
+        metadata: strings for `__metadata__`.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    places = {}
+    offset = 0
+    for tensor in sorted(tensors, key=lambda tensor: -element_bytes(tensor.dtype)):
+        assert tensor.name not in entries, f"{tensor.name} is laid out twice"
+        end = offset + tensor.num_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        places[tensor.name] = (offset, end)
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: (len(header) + begin, len(header) + end) for name, (begin, end) in places.items()}
+
+
 def parse_size(value: str | int) -> ShardLimit:
     """Read a shard size: "5GB" and "500MiB" are bytes, "5B" and "500M" count parameters.
 
@@ -141,7 +165,7 @@ def parse_size(value: str | int) -> ShardLimit:
 
 def _scaled(number: str, scale: int) -> int:
     whole, _, fraction = number.partition(".")
-    return int(whole + fraction) * scale // 10 ** len(fraction)
+    return int(whole + fraction) * scale // int("1" + "0" * len(fraction))
 
 
 def _cut(tensors: Iterable[OutputTensor], limit: ShardLimit) -> list[list[OutputTensor]]:
@@ -158,23 +182,6 @@ def _cut(tensors: Iterable[OutputTensor], limit: ShardLimit) -> list[list[Output
 
 
 def _file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
-    ordered = sorted(tensors, key=lambda tensor: -element_bytes(tensor.dtype))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in ordered:
-        assert tensor.name not in entries, f"{tensor.name} is laid out twice"
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [offset, offset + tensor.num_bytes],
-        }
-        offset += tensor.num_bytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    places = {
-        tensor_name: (len(header) + entry["data_offsets"][0], len(header) + entry["data_offsets"][1])
-        for tensor_name, entry in entries.items()
-        if tensor_name != "__metadata__"
-    }
-    return OutputFile(name, header, len(header) + offset, places)
+    header, places = write_header(tensors, {"format": "pt"})
+    num_bytes = len(header) + sum(tensor.num_bytes for tensor in tensors)
+    return OutputFile(name, header, num_bytes, places)

@@ -1,0 +1,174 @@
+"""Find the data files of a checkpoint folder, and read its small JSON files.
+
+The order of preference is transformers': `model.safetensors`, an index of safetensors shards,
+then any other safetensors files; PyTorch pickles only when there are none of these.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from raymerge.merge_actors.errors import CheckpointError
+
+#: Weights of an adapter, which is no model by itself.
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>\..+)")
+_AGAIN = "download the checkpoint again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFiles:
+    """The files that hold a checkpoint's tensors."""
+
+    paths: tuple[str, ...]
+    """Absolute, sorted."""
+    is_pickle: bool = False
+    """Are, or were before their conversion, PyTorch pickles."""
+    index: str | None = None
+    """The index file, when there is one."""
+    weight_map: dict[str, str] | None = None
+    """The index: tensor -> file name."""
+
+
+def find_data_files(folder: str) -> DataFiles:
+    """Decide which files of a folder are the checkpoint.
+
+    Args:
+        folder: absolute and resolved.
+
+    Raises:
+        CheckpointError: a shard is absent, the index is not to be trusted, or nothing is found.
+    """
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(single):
+        return DataFiles(paths=(single,))
+    if index := _only(folder, "*.safetensors.index.json"):
+        return _from_index(folder, index, is_pickle=False)
+    if paths := _listed(folder, "*.safetensors"):
+        _check_complete(folder, paths)
+        return DataFiles(paths=paths)
+    if index := _only(folder, "pytorch_model*.bin.index.json"):
+        return _from_index(folder, index, is_pickle=True)
+    if paths := _listed(folder, "pytorch_model*.bin"):
+        _check_complete(folder, paths)
+        return DataFiles(paths=paths, is_pickle=True)
+    raise _nothing_found(folder)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        CheckpointError: it cannot be read, is not JSON or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            value = json.load(stream)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; check the path and its access."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; {_AGAIN}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; it must hold a JSON object: {_AGAIN}.")
+    return value
+
+
+def _listed(folder: str, pattern: str) -> tuple[str, ...]:
+    found = glob.glob(os.path.join(glob.escape(folder), pattern))
+    return tuple(sorted(path for path in found if os.path.basename(path) not in ADAPTER_NAMES))
+
+
+def _only(folder: str, pattern: str) -> str | None:
+    found = [path for path in _listed(folder, pattern) if not os.path.basename(path).startswith("adapter_")]
+    if len(found) > 1:
+        names = ", ".join(os.path.basename(path) for path in found)
+        raise CheckpointError(
+            f"{folder} holds {len(found)} indexes ({names}); one folder is one model: move the others away."
+        )
+    return found[0] if found else None
+
+
+def _from_index(folder: str, index: str, *, is_pickle: bool) -> DataFiles:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"weight_map in {index} must map tensor names to file names: {_AGAIN}.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        _check_inside(folder, name, index)
+    absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of the {len(names)} files in {os.path.basename(index)}: "
+            f"{_some(absent)}; {_AGAIN}."
+        )
+    paths = tuple(os.path.join(folder, name) for name in names)
+    return DataFiles(paths=paths, is_pickle=is_pickle, index=index, weight_map=weight_map)
+
+
+def _check_inside(folder: str, name: str, index: str) -> None:
+    """Let an index name only files of its own folder, or of the Hub cache behind it."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"{index} names the file {name!r}; it must be a plain file name in the folder of the index: "
+            f"{_AGAIN}."
+        )
+    target = os.path.realpath(os.path.join(folder, name))
+    if os.path.dirname(target) not in (folder, _blobs(folder)):
+        raise CheckpointError(
+            f"{name}, which {index} names, is a symbolic link to {target} outside the folder; "
+            "give the folder that holds the files themselves, or copy them."
+        )
+
+
+def _blobs(folder: str) -> str | None:
+    """Return the folder of contents that a snapshot of the Hub cache links to.
+
+    The layout is models--org--name/{blobs/<hash>, snapshots/<commit>/<file> -> ../../blobs/<hash>}.
+    """
+    parts = folder.split(os.sep)
+    if "snapshots" not in parts[:-1]:
+        return None
+    last = len(parts) - 1 - parts[::-1].index("snapshots")
+    return os.sep.join([*parts[:last], "blobs"])
+
+
+def _check_complete(folder: str, paths: tuple[str, ...]) -> None:
+    """Without an index, the names of shards still say how many there are."""
+    names = {os.path.basename(path) for path in paths}
+    for name in sorted(names):
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            continue
+        count = match["count"]
+        expected = [f"{match['stem']}-{n:05d}-of-{count}{match['rest']}" for n in range(1, int(count) + 1)]
+        absent = [other for other in expected if other not in names]
+        if absent:
+            raise CheckpointError(
+                f"{folder} lacks {len(absent)} of {int(count)} shards and has no index: {_some(absent)}; "
+                f"{_AGAIN}."
+            )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _nothing_found(folder: str) -> CheckpointError:
+    if any(os.path.exists(os.path.join(folder, name)) for name in ADAPTER_NAMES):
+        return CheckpointError(
+            f"{folder} holds an adapter, not a model; write the model as base+adapter, with this folder "
+            "after the plus."
+        )
+    below = sorted({os.path.basename(os.path.dirname(path)) for path in _listed(folder, "*/*.safetensors")})
+    hint = f"; there are some in {_some(below)}: give that folder" if below else ""
+    return CheckpointError(
+        f"{folder} holds no *.safetensors and no pytorch_model*.bin{hint or ': check the path'}."
+    )

@@ -1,0 +1,141 @@
+"""Open a checkpoint folder: every tensor's place on disk and what the config says, no data.
+
+Which files make the checkpoint is decided in `files.py`; PyTorch pickles become safetensors in
+`pickles.py`. Here the headers are read, checked against the index and against each other, and
+summed up in a fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from raymerge.merge_actors.checkpoint.files import DataFiles, find_data_files, read_json
+from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
+from raymerge.merge_actors.checkpoint.pickles import TIED_KEY, converted
+from raymerge.merge_actors.checkpoint.ties import find_tied
+from raymerge.merge_actors.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a folder holds, from headers alone."""
+
+    path: str
+    """As the user gave it."""
+    folder: str
+    """Absolute, symbolic links resolved: where config and tokenizer are."""
+    tensors: dict[str, TensorInfo]
+    """By name, ordered by file and offset; without the aliases in `tied`."""
+    config: dict[str, Any]
+    """config.json, or {}."""
+    tied: dict[str, str]
+    """alias -> name of the tensor in `tensors` that it shares its values with."""
+    fingerprint: str
+    """128 bits in hex over headers, lengths and modification times of the data files."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Count the elements of all tensors, tied ones once."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of all tensors on disk, tied ones once."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint folder.
+
+    Args:
+        folder: a local folder with safetensors files (one, or shards with an index), or PyTorch
+            `.bin` files.
+        allow_pickle: convert `.bin` files to safetensors in the cache, through torch's
+            restricted unpickler; without it they are refused.
+
+    Raises:
+        CheckpointError: the folder is absent, incomplete, corrupt, or holds no model.
+    """
+    path = os.fspath(folder)
+    resolved = os.path.realpath(path)
+    if not os.path.isdir(resolved):
+        reason = "is a file; give the folder that holds it" if os.path.exists(resolved) else "does not exist"
+        raise CheckpointError(f"model {path!r} {reason} (looked at {resolved}).")
+    config_path = os.path.join(resolved, "config.json")
+    config = read_json(config_path) if os.path.exists(config_path) else {}
+    data_files = find_data_files(resolved)
+    if data_files.is_pickle:
+        data_files = converted(data_files, path, allow_pickle=allow_pickle)
+    tensors, tied = _read_all(data_files)
+    tied |= find_tied(tensors, config)
+    return Checkpoint(
+        path=path,
+        folder=resolved,
+        tensors={name: tensor for name, tensor in tensors.items() if name not in tied},
+        config=config,
+        tied=tied,
+        fingerprint=_fingerprint(tensors.values(), data_files.paths),
+    )
+
+
+def _read_all(data_files: DataFiles) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Merge the headers of all files and check them against the index."""
+    tensors: dict[str, TensorInfo] = {}
+    tied: dict[str, str] = {}
+    for path in data_files.paths:
+        found, metadata = read_header(path)
+        if twice := tensors.keys() & found.keys():
+            name = min(twice)
+            raise CheckpointError(
+                f"tensor {name!r} stands in both {tensors[name].file} and {path}; "
+                "a name must occur once: move the file that does not belong to the model."
+            )
+        tensors |= found
+        if data_files.is_pickle:
+            tied |= json.loads(metadata.get(TIED_KEY, "{}"))
+    if data_files.weight_map is not None:
+        _check_index(tensors, data_files.weight_map, data_files)
+    if not tensors:
+        raise CheckpointError(f"{', '.join(data_files.paths)} holds no tensors; a model has at least one.")
+    return tensors, tied
+
+
+def _check_index(tensors: dict[str, TensorInfo], weight_map: dict[str, str], data_files: DataFiles) -> None:
+    for name, shard in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None or os.path.basename(tensor.file) != shard:
+            where = "in no shard" if tensor is None else f"in {os.path.basename(tensor.file)}"
+            raise CheckpointError(
+                f"{data_files.index} puts tensor {name!r} into {shard}, but it stands {where}; "
+                "download the index and the shards again from one revision."
+            )
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"tensor {name!r} stands in {tensor.file} but not in {data_files.index}; "
+                "download the index and the shards again from one revision."
+            )
+
+
+def _fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        status = os.stat(path)
+        digest.update(repr((os.path.basename(path), status.st_size, status.st_mtime_ns)).encode())
+    for tensor in tensors:
+        row = (
+            tensor.name,
+            tensor.dtype,
+            tensor.shape,
+            os.path.basename(tensor.file),
+            tensor.begin,
+            tensor.end,
+        )
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
