@@ -80,7 +80,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
         tensors={name: tensor for name, tensor in tensors.items() if name not in tied},
         config=config,
         tied=tied,
-        fingerprint=_fingerprint(tensors.values(), data_files.paths),
+        fingerprint=fingerprint(tensors.values(), data_files.paths),
     )
 
 
@@ -123,7 +123,8 @@ def _check_index(tensors: dict[str, TensorInfo], weight_map: dict[str, str], dat
             )
 
 
-def _fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
+def fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
+    """Return 128 bits in hex over headers, lengths and modification times of data files."""
     digest = xxhash.xxh3_128()
     for path in paths:
         status = os.stat(path)

@@ -60,7 +60,7 @@ def find_tied(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> dict[st
     tied = {}
     for alias in aliases:
         candidates = (name for name in embeddings if name not in tied and name != alias)
-        kept = next((name for name in candidates if _are_same(tensors[alias], tensors[name])), None)
+        kept = next((name for name in candidates if are_same(tensors[alias], tensors[name])), None)
         if kept is not None:
             tied[alias] = kept
     return tied
@@ -70,7 +70,8 @@ def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
-def _are_same(one: TensorInfo, other: TensorInfo) -> bool:
+def are_same(one: TensorInfo, other: TensorInfo) -> bool:
+    """Compare two tensors by dtype, shape and samples of their bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     last = max(one.num_bytes - _SAMPLE_BYTES, 0)
