@@ -32,6 +32,14 @@ def stream_key(seed: int, model: str, tensor: str) -> int:
     return xxhash.xxh3_64_intdigest("\0".join((str(seed), model, tensor)).encode())
 
 
+def step_key(key: int, step: int) -> int:
+    """Return the key of a model's sparsifying step number `step`; step 0 has the model's own key.
+
+    The number is hashed in, not added: added to the key it would shift the stream by whole runs.
+    """
+    return xxhash.xxh3_64_intdigest(key.to_bytes(8, "little"), seed=step) if step else key
+
+
 def keep_limit(drop_fraction: float) -> int:
     """Return the word at and above which an element is dropped, for a drop rate in [0, 1].
 
@@ -59,6 +67,7 @@ def fill_words(words_P: torch.Tensor, scratch_P: torch.Tensor, key: int, begin: 
     table = _table(str(words_P.device))
     first_run, last_run = begin // RUN, (end - 1) // RUN + 1
     pairs = [_run_words(key, run) for run in range(first_run, last_run)]
+    entering: torch.Tensor | int
     for column in (0, 1):
         at = begin
         while at < end:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymerge.merge_actors.methods.interface import Settings, Sparsifier, State, Value
+from raymerge.merge_actors.randomness import step_key
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,14 @@ class Pool:
             buffers[used] = torch.empty(num_elements, dtype=dtype, device=self.device)
         self._used[dtype] = used + 1
         return buffers[used][:num_elements]
+
+    def mark(self) -> dict[torch.dtype, int]:
+        """Return a mark; `release` takes back what was handed out after it."""
+        return dict(self._used)
+
+    def release(self, mark: dict[torch.dtype, int]) -> None:
+        """Take back every scratch tensor that was handed out after the mark."""
+        self._used = mark
 
     def reset(self) -> None:
         """Take every scratch tensor back."""
@@ -126,7 +135,7 @@ class Block:
 
     @property
     def has_base(self) -> bool:
-        """Is there a base model?"""
+        """Return whether there is a base model."""
         return self._raw_base_P is not None
 
     @property
@@ -165,7 +174,9 @@ class Block:
             return self.delta(index, out).add_(self.base())
         return self._convert(self._raw_models_P[index], self.scratch() if out is None else out)
 
-    def delta(self, index: int, out: torch.Tensor | None = None, num_stages: int | None = None) -> torch.Tensor:
+    def delta(
+        self, index: int, out: torch.Tensor | None = None, num_stages: int | None = None
+    ) -> torch.Tensor:
         """Return model `index` minus the base, sparsified, in `out` or in fresh scratch.
 
         Args:
@@ -175,9 +186,33 @@ class Block:
         """
         delta = self._convert(self._raw_models_P[index], self.scratch() if out is None else out)
         delta.sub_(self.base())
-        for stage in self._stages[index][:num_stages]:
-            delta = stage.sparsifier.apply(delta, stage.parameters, index, self, stage.state)
+        for step, stage in enumerate(self._stages[index][:num_stages]):
+            mark = self._pool.mark()
+            delta = stage.sparsifier.apply(
+                delta, stage.parameters, self.step_key(index, step), self, stage.state
+            )
+            self._pool.release(mark)
         return delta
+
+    def step_key(self, index: int, step: int) -> int:
+        """Return the key of the random stream of one sparsifying step of model `index`."""
+        return step_key(self.keys[index], step)
+
+    def strided(self, stride: int) -> Block:
+        """Return every `stride`-th element as a flat block, before any sparsifying step: a cheap sample."""
+        return Block(
+            raw_base_P=None if self._raw_base_P is None else self._raw_base_P[::stride],
+            raw_models_P=[raw[::stride] for raw in self._raw_models_P],
+            begin=self.begin,
+            shape=(),
+            unit=self.unit,
+            settings=self.settings,
+            stages=[()] * self.num_models,
+            keys=self.keys,
+            state=self.state,
+            pool=self._pool,
+            is_rowwise=False,
+        )
 
     def unit_sums(self, values: torch.Tensor) -> NDArray[np.float64]:
         """Sum `values` (of the block's shape) over each unit, in float64: shape (units,)."""
@@ -213,4 +248,5 @@ class Block:
 def fsum_columns(summaries: Iterable[NDArray[np.float64]]) -> list[float]:
     """Add the per-unit sums of all slices exactly: arrays (units, K) -> K correctly rounded sums."""
     table = np.concatenate(list(summaries))
-    return [math.fsum(column) for column in table.reshape(len(table), -1).T.tolist()]
+    columns = table.T if table.ndim == 2 else table[np.newaxis]
+    return [math.fsum(column) for column in columns.tolist()]

@@ -46,6 +46,7 @@ class Parameter:
     exclusive_minimum: bool = False
     exclusive_maximum: bool = False
     choices: tuple[str, ...] = ()
+    """The words allowed: all values of a str, the words beside a bool (true, false, l1)."""
     aliases: tuple[str, ...] = ()
     """Other spellings that recipes in the wild use."""
     doc: str = ""
@@ -78,8 +79,10 @@ Prepare = Generator[Measure, list[Summary], State]
 class Sparsifier:
     """A step that thins one model's delta before the method combines the deltas.
 
-    `apply(delta_P, index, block, state)` changes `delta_P` (float32, in place) and returns
-    it; `prepare(settings, index)` may measure the tensor first (for a magnitude threshold).
+    `apply(delta_P, parameters, key, block, state)` changes `delta_P` (compute dtype, in place)
+    and returns it; `key` is that of the step's own random stream; scratch that it takes from
+    the block is taken back when it returns. `prepare` may measure the tensor first (for a
+    magnitude threshold).
     """
 
     name: str
@@ -90,6 +93,8 @@ class Sparsifier:
     of what is measured): a generator, or None if these parameters need no measuring."""
     is_model_wide: Callable[[Mapping[str, Value]], bool] | None = None
     """Is the measure taken over all tensors of the model (the TIES paper's trim) and not per tensor?"""
+    check: Callable[[Mapping[str, Value]], str | None] | None = None
+    """A rule across a model's parameters: a sentence if it is broken, else None."""
     split: Literal["elementwise", "rowwise"] = "elementwise"
     source: str = ""
 
@@ -111,6 +116,8 @@ class Method:
     """Least and greatest number of models beside the base."""
     is_symmetric: bool = True
     """Does the order of the models mean nothing? Then they are summed in a canonical order."""
+    is_plain_sum: bool = False
+    """Does a NaN in any input show in the result, as long as every weight differs from 0?"""
     check: Callable[[Settings], str | None] | None = None
     """A rule across parameters: a sentence if it is broken (weights summing to zero), else None."""
     default_mode: Mapping[str, Value] = field(default_factory=dict)

@@ -6,6 +6,7 @@ that has tensors at hand use `merge_tensors`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ class TensorSlice:
         edges = [*range(0, whole, step), whole] if whole else [0]
         if whole < total:
             edges.append(total)
-        for at, stop in zip(edges, edges[1:], strict=False):
+        for at, stop in itertools.pairwise(edges):
             self.pool.reset()
             yield Block(
                 raw_base_P=None if self.base_P is None else self.base_P[at:stop],
@@ -170,4 +171,11 @@ def merge_tensors(
     ]
     state = prepare_slices(slices)
     parts = [merged.clone() for piece in slices for _, merged in piece.merged_blocks(state)]
+    if not parts:
+        is_double = any(
+            tensor.dtype == torch.float64 for tensor in (*models, *([] if base is None else [base]))
+        )
+        return torch.empty(
+            shape, dtype=torch.float64 if is_double else torch.float32, device=models[0].device
+        )
     return torch.cat(parts).view(shape)
