@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import yaml
+
+from raymerge.cluster.method_parameters import find_method
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.origin import Origin
 from raymerge.cluster.tokenizer_policy import TokenizerPolicy
@@ -158,7 +161,9 @@ class Recipe:
         mapping: dict[str, Any] = {"name": self.name, "merge_method": self.merge_method}
         if self.base_model:
             mapping["base_model"] = self.base_model.to_value()
-        mapping["modules"] = {module.name: _module_mapping(module) for module in self.modules}
+        # Where a method uses no base, the base of the deltas is named but is no source.
+        lists_base = find_method(self.merge_method).base != "unused"
+        mapping["modules"] = {each.name: _module_mapping(each, lists_base) for each in self.modules}
         if self.parameters:
             mapping["parameters"] = _parameters_mapping(self.parameters)
         for key in ("dtype", "out_dtype", "chat_template", "vocabulary"):
@@ -168,6 +173,10 @@ class Recipe:
             mapping["tokenizer"] = self.tokenizer.to_mapping()
         mapping |= {"missing": self.missing, "gradient_tail": self.gradient_tail, "seed": self.seed}
         return mapping
+
+    def to_yaml(self) -> str:
+        """Return the normal form as YAML, keys in the order of `to_mapping`."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
 
 
 def load_recipes(
@@ -195,20 +204,17 @@ def load_recipes(
     return read_recipes(source, strict=strict)
 
 
-def _module_mapping(module: Module) -> dict[str, Any]:
-    mapping: dict[str, Any] = {"slices": [_slice_mapping(each) for each in module.slices]}
+def _module_mapping(module: Module, lists_base: bool) -> dict[str, Any]:
+    mapping: dict[str, Any] = {"slices": [_slice_mapping(each, lists_base) for each in module.slices]}
     if module.parameters:
         mapping["parameters"] = _parameters_mapping(module.parameters)
     return mapping
 
 
-def _slice_mapping(layers: LayerSlice) -> dict[str, Any]:
-    uses = layers.uses()
-    if layers.base and any(use.model == layers.base.model for use in layers.sources):
-        # A base that is also merged (sparsify before a plain average) is listed once, as written.
-        uses = layers.sources
+def _slice_mapping(layers: LayerSlice, lists_base: bool) -> dict[str, Any]:
+    uses = layers.uses() if lists_base else layers.sources
     mapping: dict[str, Any] = {"sources": [_use_mapping(use) for use in uses]}
-    if layers.base and layers.sources:
+    if layers.base:
         mapping["base_model"] = layers.base.model.to_value()
     if layers.parameters:
         mapping["parameters"] = _parameters_mapping(layers.parameters)

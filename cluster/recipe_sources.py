@@ -147,6 +147,8 @@ def _with_base(
     if base_model is None or (method.base == "unused" and not is_sparsified):
         layers = LayerSlice(sources=tuple(uses), where=where)
     elif method.base == "unused":
+        if not listed:
+            _check_common_range(uses, base_model, where, reading)
         base = SourceUse(model=base_model, layer_range=(listed or uses[0]).layer_range, where=where)
         layers = LayerSlice(sources=tuple(uses), base=base, where=where)
     elif may_copy and len(uses) == 1 and (listed or method.num_models == (1, 1)):
