@@ -74,20 +74,21 @@ def read_value(raw: Any, parameter: Parameter, origin: Origin, key: str) -> Sett
 
 def _read_scalar(raw: Any, parameter: Parameter, origin: Origin, key: str) -> float | int | bool | str:
     value: float | int | bool | str | None
+    choices = parameter.choices
     if parameter.kind is bool:
-        value, wanted = _as_switch(raw), "true or false"
+        # A switch may have named settings beside on and off: rescale is true, false or l1.
+        value = raw if raw in choices else _as_switch(raw)
+        wanted = f"true, false or {' or '.join(choices)}" if choices else "true or false"
     elif parameter.kind is str:
-        value, wanted = (
-            _as_name(raw),
-            f"one of {', '.join(parameter.choices)}" if parameter.choices else "a text",
-        )
+        name = _as_name(raw)
+        value = name if name in choices or not choices else None
+        wanted = f"one of {', '.join(choices)}" if choices else "a text"
+    elif parameter.kind is int:
+        value, wanted = as_whole_number(raw), "a whole number"
     else:
-        value = as_whole_number(raw) if parameter.kind is int else _as_number(raw)
-        wanted = "a whole number" if parameter.kind is int else "a number"
+        value, wanted = _as_number(raw), "a number"
     if value is None:
-        raise origin.error(key, f"is {shown(raw)}; it must be {wanted}.")
-    if parameter.choices and value not in parameter.choices:
-        hint = did_you_mean(str(value), parameter.choices)
+        hint = did_you_mean(raw, choices) if isinstance(raw, str) else ""
         raise origin.error(key, f"is {shown(raw)}; it must be {wanted}{hint}.")
     if not isinstance(value, str) and not is_in_range(value, parameter):
         raise origin.error(key, f"is {shown(raw)}; it must be {range_text(parameter)}.")
@@ -148,7 +149,8 @@ def read_sparsify(raw: Any, origin: Origin, key: str, warn: Warn) -> Mapping[str
                 f"has no effect: the sparsifier {sparsifier.name} has no parameter {name!r}{hint}",
             )
     for each in sparsifier.parameters:
-        if each.name not in values and each.required:
+        # Whoever asks for a sparsifier wants something dropped, so its default of 1 does not count.
+        if each.name not in values and (each.required or each.name == "density"):
             raise origin.error(key, f"lacks {each.name!r}, which the sparsifier {sparsifier.name} needs.")
         values.setdefault(each.name, each.default)
     return {"method": sparsifier.name} | {each.name: values[each.name] for each in sparsifier.parameters}

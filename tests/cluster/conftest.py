@@ -24,14 +24,13 @@ WEIGHT = Parameter(name="weight", per_model=True, required=True)
 NORMALIZE = Parameter(name="normalize", kind=bool, default=False)
 LAMBDA = Parameter(name="lambda", default=1.0, aliases=("scaling",))
 DENSITY = Parameter(name="density", per_model=True, default=1.0, minimum=0, maximum=1)
-RESCALE = Parameter(name="rescale", kind=str, default="true", choices=("true", "false", "l1"))
 TRIM = Parameter(name="trim", kind=str, default="tensor", choices=("tensor", "model"))
 
 RANDOM = Sparsifier(
     name="random",
     parameters=(
         Parameter(name="density", per_model=True, required=True, minimum=0, maximum=1),
-        Parameter(name="rescale", kind=bool, default=True),
+        Parameter(name="rescale", kind=bool, default=True, choices=("l1",)),
     ),
     apply=_never,
 )

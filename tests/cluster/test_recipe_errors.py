@@ -131,6 +131,12 @@ ERRORS = {
     f"{DARE}  sparsify: {{method: dare}}\n": (
         "m.yaml:6: key parameters.sparsify lacks 'density', which the sparsifier random needs."
     ),
+    f"{DARE}  sparsify: {{method: dare, drop: 1, rescale: L1}}\n": (
+        "m.yaml:6: key parameters.sparsify.rescale is 'L1'; it must be true, false or l1 (did you mean 'l1'?)."
+    ),
+    f"{DARE}  sparsify: {{method: magnitude}}\n": (
+        "m.yaml:6: key parameters.sparsify lacks 'density', which the sparsifier magnitude needs."
+    ),
     f"{DARE}  sparsify: {{method: dare, drop: 1.1}}\n": (
         "m.yaml:6: key parameters.sparsify.drop is 1.1; it must be in [0, 1]."
     ),

@@ -152,6 +152,13 @@ def test_parameters_of_the_sparsifier_reach_each_model(small_registry: Registry)
     assert found.shared == {"normalize": False, "lambda": 1.0, "rescale": False}
 
 
+@pytest.mark.parametrize(("written", "value"), [("l1", "l1"), ("true", True), (0, False), ("off", False)])
+def test_a_switch_may_have_named_settings(small_registry: Registry, written: Any, value: Any) -> None:
+    raw = {"merge_method": "dare_ties", "base_model": "base", "models": ["a"]}
+    recipe = read({**raw, "parameters": {"weight": 1, "density": 0.1, "rescale": written}})
+    assert settings_of(recipe, small_registry).models[0]["rescale"] is value
+
+
 def test_a_tensor_without_a_required_value_is_named(small_registry: Registry) -> None:
     recipe = ties(parameters={"weight": [{"filter": "mlp", "value": 1}]})
     assert settings_of(recipe, small_registry, "mlp").models[0]["weight"] == 1.0
