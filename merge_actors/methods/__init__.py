@@ -3,7 +3,13 @@
 from raymerge.merge_actors.methods.averages import LINEAR, PASSTHROUGH
 from raymerge.merge_actors.methods.dare import RANDOM
 from raymerge.merge_actors.methods.interface import Method, Sparsifier
+from raymerge.merge_actors.methods.karcher import KARCHER
 from raymerge.merge_actors.methods.magnitude import BREADCRUMBS, MAGNITUDE
+from raymerge.merge_actors.methods.model_stock import MODEL_STOCK
+from raymerge.merge_actors.methods.multislerp import MULTISLERP
+from raymerge.merge_actors.methods.nearswap import NEARSWAP
+from raymerge.merge_actors.methods.nuslerp import NUSLERP
+from raymerge.merge_actors.methods.slerp import SLERP
 from raymerge.merge_actors.methods.task_vectors import (
     BREADCRUMBS_LINEAR,
     BREADCRUMBS_TIES,
@@ -16,6 +22,12 @@ from raymerge.merge_actors.methods.task_vectors import (
 METHODS: dict[str, Method] = {
     "linear": LINEAR,
     "passthrough": PASSTHROUGH,
+    "slerp": SLERP,
+    "nuslerp": NUSLERP,
+    "multislerp": MULTISLERP,
+    "karcher": KARCHER,
+    "nearswap": NEARSWAP,
+    "model_stock": MODEL_STOCK,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,
     "dare_linear": DARE_LINEAR,

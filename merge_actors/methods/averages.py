@@ -25,10 +25,11 @@ def linear(block: Block) -> torch.Tensor:
     """
     weights = block.numbers("weight")
     total = sum(weights) if block.shared["normalize"] else 1.0
-    out, model = block.zeros(), block.scratch()
-    for i, weight in enumerate(weights):
-        out.add_(block.model(i, out=model), alpha=weight)
-    return out.div_(total) if total != 1 else out
+    average, model = block.model(0).mul_(weights[0]), block.scratch()
+    for i, weight in enumerate(weights[1:], start=1):
+        average.add_(block.model(i, out=model), alpha=weight)
+    # Divided at the end: 1/3 rounded to float32 would make three equal models a little smaller.
+    return average.div_(total) if total != 1 else average
 
 
 def passthrough(block: Block) -> torch.Tensor:
@@ -53,6 +54,7 @@ LINEAR = Method(
         Parameter(name="weight", per_model=True, required=True, doc="weight of the model"),
         Parameter(name="normalize", kind=bool, default=True, doc="divide by the sum of the weights"),
     ),
+    is_plain_sum=True,
     check=weights_do_not_cancel,
     source="arXiv:2203.05482",
 )
@@ -62,4 +64,5 @@ PASSTHROUGH = Method(
     merge=passthrough,
     parameters=(Parameter(name="scale", per_model=True, default=None, doc="factor on the tensor"),),
     num_models=(1, 1),
+    is_plain_sum=True,
 )

@@ -71,6 +71,9 @@ class Measure:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: How a tensor may be cut: anywhere, or between rows (vectors along the last axis) only.
+Split = Literal["elementwise", "rowwise"]
+
 #: yields a Measure, is sent the summaries of all slices in order, returns the state
 Prepare = Generator[Measure, list[Summary], State]
 
@@ -95,7 +98,7 @@ class Sparsifier:
     """Is the measure taken over all tensors of the model (the TIES paper's trim) and not per tensor?"""
     check: Callable[[Mapping[str, Value]], str | None] | None = None
     """A rule across a model's parameters: a sentence if it is broken, else None."""
-    split: Literal["elementwise", "rowwise"] = "elementwise"
+    split: Split = "elementwise"
     source: str = ""
 
 
@@ -110,7 +113,9 @@ class Method:
     prepare: Callable[[Settings], Prepare | None] | None = None
     sparsifier: Sparsifier | None = None
     """The method's own sparsifier; a recipe's `sparsify` comes before it."""
-    split: Literal["elementwise", "rowwise"] = "elementwise"
+    split: Split | Callable[[Settings], Split] = "elementwise"
+    """How a tensor may be cut; a function where a parameter decides. Ask `slices.split_of`, which also
+    looks at the sparsifying steps."""
     base: Literal["required", "optional", "unused"] = "unused"
     num_models: tuple[int, int | None] = (1, None)
     """Least and greatest number of models beside the base."""

@@ -98,7 +98,8 @@ class TensorSlice:
 def split_of(method: Method, settings: Settings, sparsifiers: Mapping[str, Sparsifier]) -> str:
     """Return "rowwise" if the method or any of its sparsifying steps needs whole rows."""
     steps = steps_of(method, settings, sparsifiers)
-    kinds = {method.split, *(step.split for of_model in steps for step, _ in of_model)}
+    own = method.split if isinstance(method.split, str) else method.split(settings)
+    kinds = {own, *(step.split for of_model in steps for step, _ in of_model)}
     return "rowwise" if "rowwise" in kinds else "elementwise"
 
 
