@@ -1,0 +1,170 @@
+"""A campaign before it runs: recipes, headers, plan. Everything that can be checked is, here.
+
+Recipes that use another recipe's result as a model run in a later *wave*; the recipes of a
+wave share one plan, so that each input slice is read once for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from raymerge.cluster.match import LoadedModel, match
+from raymerge.cluster.model_ref import ModelRef
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.plan import Plan, RecipePlan, make_plan
+from raymerge.cluster.recipe import Recipe, load_recipes
+from raymerge.cluster.settings import check_settings
+from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
+from raymerge.merge_actors.checkpoint.adapter import open_adapter
+from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
+from raymerge.merge_actors.checkpoint.hub import locate
+from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
+from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.methods import METHODS
+
+#: What a user may hand over as recipes: paths, YAML texts, mappings.
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWave:
+    """Recipes that run together, with all that planning found out about them."""
+
+    plan: Plan
+    models: Mapping[str, LoadedModel]
+    """By `ModelRef.key`."""
+    vocabularies: tuple[Vocabulary | None, ...]
+    """Per recipe."""
+    remarks: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hex over recipes, inputs, and how the work was cut."""
+        digest = xxhash.xxh3_128()
+        for recipe in self.plan.recipes:
+            digest.update(repr(recipe.recipe.to_mapping()).encode())
+            digest.update(repr([(file.name, file.num_bytes) for file in recipe.layout.files]).encode())
+        for key, model in sorted(self.models.items()):
+            adapter = model.adapter.fingerprint if model.adapter else ""
+            digest.update(f"{key}={model.checkpoint.fingerprint}+{adapter}\n".encode())
+        digest.update(repr((self.plan.slice_bytes, len(self.plan.tasks))).encode())
+        return digest.hexdigest()
+
+
+def read_recipes(
+    sources: Sequence[RecipeSource], options: MergeOptions, *, strict: bool = False
+) -> tuple[list[Recipe], list[str]]:
+    """Read the recipes of a campaign and apply the options that override them.
+
+    A folder stands for its *.yaml and *.yml files, in the order of their names.
+
+    Raises:
+        RecipeError: a recipe breaks a rule, or two have one name.
+    """
+    recipes: list[Recipe] = []
+    remarks: list[str] = []
+    for source in sources:
+        for one in _files_of(source):
+            found, said = load_recipes(one, strict=strict)
+            recipes += found
+            remarks += said
+    for recipe in recipes:
+        check_settings(recipe, METHODS[recipe.merge_method])
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"two recipes of the campaign are named {twice[0]!r}; give one of them another `name:`")
+    return [_overridden(recipe, options) for recipe in recipes], remarks
+
+
+def waves(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
+    """Sort recipes into waves: each comes after the recipes whose results it uses."""
+    depth: dict[str, int] = {}
+    for recipe in recipes:  # a recipe can only depend on earlier ones
+        depth[recipe.name] = max((depth[name] + 1 for name in recipe.depends_on), default=0)
+    ordered: list[list[Recipe]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    for recipe in recipes:
+        ordered[depth[recipe.name]].append(recipe)
+    return ordered
+
+
+def plan_wave(
+    recipes: Sequence[Recipe],
+    folders: Mapping[str, str],
+    options: MergeOptions,
+    results: Mapping[str, str],
+) -> PlannedWave:
+    """Open all models of some recipes and plan their merge, from headers alone.
+
+    Args:
+        recipes: the recipes of one wave.
+        folders: where each recipe's files will be written, by name.
+        options: slice and shard size.
+        results: folders of earlier recipes' results, by name.
+
+    Raises:
+        RaymergeError: whatever is wrong with recipes or models.
+    """
+    models = _open_models(recipes, options, results)
+    plans, vocabularies, remarks = [], [], []
+    limit = parse_size(options.out_shard_size)
+    for recipe in recipes:
+        vocabulary = plan_vocabulary(recipe, models)
+        tensors, said = match(recipe, models, vocabulary)
+        remarks += [f"{recipe.name}: {remark}" for remark in said]
+        layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
+        plans.append(
+            RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
+        )
+        vocabularies.append(vocabulary)
+    plan = make_plan(plans, slice_bytes=options.slice_mib << 20)
+    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks))
+
+
+def _open_models(
+    recipes: Sequence[Recipe], options: MergeOptions, results: Mapping[str, str]
+) -> dict[str, LoadedModel]:
+    checkpoints: dict[tuple[str, str | None], Checkpoint] = {}
+    models: dict[str, LoadedModel] = {}
+    for ref in dict.fromkeys(ref for recipe in recipes for ref in _refs_of(recipe)):
+        place = (ref.path, ref.revision)
+        if place not in checkpoints:
+            folder = results.get(ref.path) or locate(
+                ref.path, ref.revision, allow_pickle=options.allow_pickle
+            )
+            checkpoints[place] = open_checkpoint(folder, allow_pickle=options.allow_pickle)
+        adapter = None
+        if ref.adapter is not None:
+            folder = locate(ref.adapter.path, ref.adapter.revision, allow_pickle=options.allow_pickle)
+            adapter = open_adapter(folder, checkpoints[place], allow_pickle=options.allow_pickle)
+        models[ref.key] = LoadedModel(ref.key, checkpoints[place], adapter)
+    return models
+
+
+def _refs_of(recipe: Recipe) -> list[ModelRef]:
+    refs = [*recipe.all_models(), recipe.donor]
+    return refs + list(recipe.tokenizer.models() if recipe.tokenizer else ())
+
+
+def _files_of(source: RecipeSource) -> list[RecipeSource]:
+    if isinstance(source, Mapping) or not os.path.isdir(source):
+        return [source]
+    found = sorted(name for name in os.listdir(source) if name.endswith((".yaml", ".yml")))
+    if not found:
+        raise RecipeError(f"folder {os.fspath(source)} holds no recipe: no *.yaml or *.yml file")
+    return [os.path.join(source, name) for name in found]
+
+
+def _overridden(recipe: Recipe, options: MergeOptions) -> Recipe:
+    dtype = options.output_dtype()
+    if dtype is not None:
+        recipe = dataclasses.replace(recipe, out_dtype=dtype)
+    if options.seed is not None:
+        recipe = dataclasses.replace(recipe, seed=options.seed)
+    return recipe

@@ -1,0 +1,138 @@
+"""Connect to Ray: a cluster by address, or an embedded one on this machine.
+
+Also decides how many workers a run gets and on what. `ray` is imported here when it is needed,
+so that planning and `--help` never wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
+from raymerge.merge_actors.errors import ClusterError, RecipeError
+
+#: An embedded Ray holds no tensors, only instructions: the least store that Ray takes.
+_OBJECT_STORE_BYTES = 80 * 2**20
+#: Beyond this many CPU workers on one machine, memory bandwidth and not cores is the limit.
+_MOST_CPU_WORKERS = 16
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Workers of a run and what each of them gets."""
+
+    num_workers: int
+    device: Literal["cpu", "cuda"]
+    threads_per_worker: int
+
+
+@contextlib.contextmanager
+def connected(
+    *, address: str | None, in_process: bool, workers: int | None, device: Device
+) -> Iterator[tuple[WorkerGroup, Placement]]:
+    """Give a worker group, not started yet, and take it down at the end.
+
+    Args:
+        address: of a Ray cluster; None means RAY_ADDRESS, and without that an embedded Ray.
+        in_process: run the workers on threads of this process, without Ray.
+        workers: how many; None means all GPUs, or on CPUs one a core up to 16.
+        device: where tensors are merged; "auto" takes GPUs if there are any.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no GPU when one is asked for.
+    """
+    if workers is not None and workers < 1:
+        raise RecipeError(f"--workers is {workers}; it must be at least 1")
+    if in_process:
+        placement = _place(workers, device, *_local_resources())
+        group: WorkerGroup = InProcessGroup(placement.num_workers)
+        try:
+            yield group, placement
+        finally:
+            group.close()
+        return
+    with _ray_session(address):
+        import ray
+
+        from raymerge.cluster.ray_group import RayGroup
+
+        resources = ray.cluster_resources()
+        placement = _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+        is_cuda = placement.device == "cuda"
+        group = RayGroup(placement.num_workers, num_cpus=1, num_gpus=1 if is_cuda else 0)
+        try:
+            yield group, placement
+        finally:
+            group.close()
+
+
+def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:
+    chosen: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and num_gpus) else "cpu"
+    if chosen == "cuda":
+        if not num_gpus:
+            raise ClusterError("--device cuda: no GPU is to be seen here; use --device cpu, or another cluster")
+        return Placement(workers or num_gpus, "cuda", 1)
+    count = workers or max(1, min(num_cpus, _MOST_CPU_WORKERS))
+    return Placement(count, "cpu", 1)
+
+
+def _local_resources() -> tuple[int, int]:
+    """Return the CPU cores and GPUs of this process."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores, torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def _ray_session(address: str | None) -> Iterator[None]:
+    """Attach to a cluster, or start an embedded Ray and stop it again."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    _set_ray_environment(is_embedded=address is None)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except ConnectionError as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_ray_environment(*, is_embedded: bool) -> None:
+    """Set what Ray reads when it is imported.
+
+    An embedded Ray listens on this machine only and lives as long as the command, so its
+    token authentication is left as the user set it, else a token is made for this process
+    alone: Ray would write one into HOME, which may be read-only, and switch it on for good.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if is_embedded and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
+        import secrets
+
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if not os.access(os.environ.get("HOME", "/"), os.W_OK):
+        os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())

@@ -1,0 +1,253 @@
+"""The controller of a run: hands out instructions and takes in reports until all is done.
+
+Written as if there were one worker. Phases: a state that the driver must gather is asked for
+in rounds of measure tasks (a few tensors at a time, so that their slices are still in the page
+cache when they are merged); a merge task is ready when its states are known; each worker has a
+few instructions in flight. Instructions of a worker that died go back to the front of the
+queue. Nothing here touches a tensor or a file but the journal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from raymerge.cluster.journal import Journal
+from raymerge.cluster.plan import Plan, StatePlan
+from raymerge.cluster.worker_group import (
+    DEPTH,
+    Done,
+    Event,
+    Failed,
+    Instruction,
+    Lost,
+    WorkerGroup,
+)
+from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
+from raymerge.merge_actors.methods.prepare import (
+    Preparation,
+    Round,
+    TensorState,
+    model_wide_preparation,
+    preparation,
+)
+from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, TaskReport
+
+#: How often the same instruction may be lost with its worker before the run gives up.
+MOST_ATTEMPTS = 4
+_WAIT_SECONDS = 0.5
+
+
+@dataclass
+class _Gathering:
+    """A state under way: its generator, and the answers of the current round by place."""
+
+    plan: StatePlan
+    questions: Preparation
+    asked: Round | None = None
+    answers: dict[tuple[str, int], MeasureReport] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the workers did in this run, summed over tasks."""
+
+    num_tasks: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    read_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    write_seconds: float = 0.0
+    num_retries: int = 0
+
+    def plus(self, report: TaskReport | MeasureReport) -> Totals:
+        """Return the totals with one more report."""
+        is_merge = isinstance(report, TaskReport)
+        return Totals(
+            num_tasks=self.num_tasks + is_merge,
+            read_bytes=self.read_bytes + report.read_bytes,
+            write_bytes=self.write_bytes + (report.write_bytes if isinstance(report, TaskReport) else 0),
+            read_seconds=self.read_seconds + report.read_seconds,
+            merge_seconds=self.merge_seconds + report.merge_seconds,
+            write_seconds=self.write_seconds
+            + (report.write_seconds if isinstance(report, TaskReport) else 0.0),
+            num_retries=self.num_retries,
+        )
+
+
+    def plus_totals(self, other: Totals) -> Totals:
+        """Return the sum of two runs' totals."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class Controller:
+    """Drives a plan through a worker group."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: WorkerGroup,
+        journal: Journal,
+        on_progress: Callable[[Totals], None] = lambda totals: None,
+    ) -> None:
+        self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
+        self.totals = Totals()
+        self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
+        #: states that some unfinished task still needs -> how many tasks
+        self._needed: dict[int, int] = {}
+        for task in self._waiting:
+            for state in task.states:
+                self._needed[state] = self._needed.get(state, 0) + 1
+        self._states: dict[int, TensorState] = {}
+        self._gathering: dict[int, _Gathering] = {}
+        self._urgent: deque[Instruction] = deque()
+        self._load: dict[int, int] = {}
+        self._attempts: dict[tuple[int, str, int], int] = {}
+
+    def run(self) -> Totals:
+        """Carry out every task that the journal does not hold.
+
+        Raises:
+            RaymergeError: what a worker raised for the user; nothing is committed then.
+            ClusterError: workers were lost too often.
+        """
+        while self._waiting or self._urgent or any(self._load.values()):
+            self._hand_out()
+            for event in self._group.wait(_WAIT_SECONDS):
+                self._take_in(event)
+            self._on_progress(self.totals)
+        return self.totals
+
+    def _hand_out(self) -> None:
+        """Give every worker something to do, the least busy first."""
+        idle = [(self._load.get(worker, 0), worker) for worker in self._group.workers()]
+        heapq.heapify(idle)
+        while idle and idle[0][0] < DEPTH:
+            load, worker = heapq.heappop(idle)
+            instruction = self._next()
+            if instruction is None:
+                return
+            needed = instruction.states if isinstance(instruction, MergeTask) else ()
+            self._group.submit(worker, instruction, {state: self._states[state] for state in needed})
+            self._load[worker] = load + 1
+            heapq.heappush(idle, (load + 1, worker))
+
+    def _next(self) -> Instruction | None:
+        """Return what to do next: what was lost or asked first, then the first ready merge task.
+
+        A task whose states are unknown starts their gathering and steps aside; it is looked at
+        again when they are known. A few such tasks may be under way at once.
+        """
+        if self._urgent:
+            return self._urgent.popleft()
+        for _ in range(len(self._waiting)):
+            task = self._waiting[0]
+            missing = [state for state in task.states if state not in self._states]
+            if not missing:
+                return self._waiting.popleft()
+            if not self._gather(missing):
+                return None
+            if self._urgent:
+                return self._urgent.popleft()
+            if all(state in self._states for state in task.states):
+                continue
+            self._waiting.rotate(-1)
+        return None
+
+    def _gather(self, states: list[int]) -> bool:
+        """Start gathering states if not too many are under way; False if there is no room."""
+        most = 2 * max(1, len(self._group.workers()))
+        for number in states:
+            plan = self._plan.states[number]
+            if number in self._gathering or number in self._states:
+                continue
+            if plan.known is not None and plan.known not in self._states:
+                if not self._gather([plan.known]):
+                    return False
+                continue
+            if len(self._gathering) >= most:
+                return False
+            name, settings = self._plan.settings[plan.settings]
+            known = self._states.get(plan.known) if plan.known is not None else None
+            questions = (
+                model_wide_preparation(METHODS[name], settings, plan.num_elements, SPARSIFIERS)
+                if plan.is_model_wide
+                else preparation(METHODS[name], settings, plan.num_elements, SPARSIFIERS, known)
+            )
+            self._gathering[number] = _Gathering(plan, questions)
+            self._ask(number, lambda questions=questions: next(questions))  # type: ignore[misc]
+        return True
+
+    def _ask(self, number: int, advance: Callable[[], Round]) -> None:
+        """Send the next round of a gathering to the workers, or store its state if it is done."""
+        gathering = self._gathering[number]
+        try:
+            gathering.asked = advance()
+        except StopIteration as stop:
+            self._states[number] = stop.value
+            del self._gathering[number]
+            return
+        gathering.answers.clear()
+        asked = gathering.asked
+        self._urgent.extend(
+            MeasureTask(state=number, piece=piece, round=asked) for piece in gathering.plan.pieces
+        )
+
+    def _take_in(self, event: Event) -> None:
+        if isinstance(event, Lost):
+            self._load.pop(event.worker, None)
+            self._retry(event)
+            return
+        self._load[event.worker] = self._load.get(event.worker, 1) - 1
+        if isinstance(event, Failed):
+            raise event.error
+        self._finish(event)
+
+    def _finish(self, done: Done) -> None:
+        report = done.report
+        self.totals = self.totals.plus(report)
+        if isinstance(report, TaskReport):
+            self._journal.add(report)
+            assert isinstance(done.instruction, MergeTask)
+            for state in done.instruction.states:
+                self._needed[state] -= 1
+                if self._needed[state] == 0 and not self._plan.states[state].is_model_wide:
+                    del self._states[state]
+            return
+        gathering = self._gathering.get(report.state)
+        assert isinstance(done.instruction, MeasureTask)
+        if gathering is None or done.instruction.round is not gathering.asked:
+            return  # a repeated answer to a round that is over
+        job = done.instruction.piece.jobs[0]
+        gathering.answers[job.tensor, report.begin] = report
+        if len(gathering.answers) == len(gathering.plan.pieces):
+            in_order = [
+                gathering.answers[piece.jobs[0].tensor, piece.begin] for piece in gathering.plan.pieces
+            ]
+            answers = [list(column) for column in zip(*(r.summaries for r in in_order), strict=True)]
+            self._ask(report.state, lambda: gathering.questions.send(answers))
+
+    def _retry(self, lost: Lost) -> None:
+        for instruction in lost.instructions:
+            key = _identity(instruction)
+            self._attempts[key] = self._attempts.get(key, 1) + 1
+            if self._attempts[key] > MOST_ATTEMPTS:
+                raise ClusterError(
+                    f"a task was lost with its worker {MOST_ATTEMPTS} times, the last time: {lost.reason}; use a smaller "
+                    "--slice-mib if memory ran out"
+                )
+            self._urgent.append(instruction)
+        retries = self.totals.num_retries + len(lost.instructions)
+        self.totals = dataclasses.replace(self.totals, num_retries=retries)
+
+
+def _identity(instruction: Instruction) -> tuple[int, str, int]:
+    """Return what stays the same when an instruction is repeated."""
+    if isinstance(instruction, MergeTask):
+        return instruction.number, "", 0
+    return -1 - instruction.state, instruction.piece.jobs[0].tensor, instruction.piece.begin

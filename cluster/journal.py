@@ -1,0 +1,125 @@
+"""The journal of a run: one JSON line per finished task, so that a killed run can go on.
+
+The first line names the plan it belongs to; a line that was cut short by a kill is ignored.
+Only the driver writes it, after a worker has reported, so a task in the journal is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.task import PieceReport, TaskReport
+
+
+@dataclass
+class Journal:
+    """Finished tasks of one run, in memory and on disk."""
+
+    path: str
+    plan_fingerprint: str
+    done: dict[int, TaskReport] = field(default_factory=dict)
+    """Reports by number of the task."""
+    _file: IO[str] | None = None
+
+    @classmethod
+    def create(cls, path: str, plan_fingerprint: str, header: dict[str, Any]) -> Journal:
+        """Begin a new journal."""
+        journal = cls(path, plan_fingerprint)
+        journal._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed by close()
+        journal._write({"plan": plan_fingerprint, "started": time.time(), "boot": boot_id(), **header})
+        return journal
+
+    @classmethod
+    def resume(cls, path: str, plan_fingerprint: str) -> Journal:
+        """Read a journal and go on writing it.
+
+        Raises:
+            OutputError: it belongs to another plan.
+        """
+        header, reports = read_journal(path)
+        if header.get("plan") != plan_fingerprint:
+            raise OutputError(
+                f"the unfinished run in {os.path.dirname(path)} was planned from other inputs or options (recipe, "
+                "models, dtype, seed, slice or shard size); run with the same ones to resume, or with --overwrite "
+                "to start anew"
+            )
+        journal = cls(path, plan_fingerprint, {report.number: report for report in reports})
+        if header.get("boot") != boot_id():
+            journal.done.clear()  # the machine went down: what was written may not have reached the disk
+        # Rewritten whole, so that a line cut short by the kill does not stay in the middle.
+        journal._file = open(path, "w", encoding="ascii")  # noqa: SIM115
+        journal._write({**header, "boot": boot_id()})
+        for report in journal.done.values():
+            journal._write(_to_row(report))
+        return journal
+
+    def add(self, report: TaskReport) -> None:
+        """Record a finished task."""
+        self.done[report.number] = report
+        self._write(_to_row(report))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:
+    """Read a journal of a running, finished or killed run: its header and the finished tasks."""
+    with open(path, encoding="ascii") as file:
+        lines = file.read().split("\n")
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the line that was being written when the driver was killed
+    return (rows[0], [_from_row(row) for row in rows[1:]]) if rows else ({}, [])
+
+
+def boot_id() -> str:
+    """Return an identifier that changes when this machine restarts."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _to_row(report: TaskReport) -> dict[str, Any]:
+    return {
+        "task": report.number,
+        "pieces": [[p.recipe, p.tensor, p.checksum, p.sum_squares, p.num_nonfinite] for p in report.pieces],
+        "read_bytes": report.read_bytes,
+        "write_bytes": report.write_bytes,
+        "seconds": [report.read_seconds, report.merge_seconds, report.write_seconds],
+        "warnings": list(report.warnings),
+    }
+
+
+def _from_row(row: dict[str, Any]) -> TaskReport:
+    read, merge, write = row["seconds"]
+    return TaskReport(
+        number=row["task"],
+        pieces=tuple(
+            PieceReport(recipe=r, tensor=t, checksum=c, sum_squares=s, num_nonfinite=n)
+            for r, t, c, s, n in row["pieces"]
+        ),
+        read_bytes=row["read_bytes"],
+        write_bytes=row["write_bytes"],
+        read_seconds=read,
+        merge_seconds=merge,
+        write_seconds=write,
+        warnings=tuple(row["warnings"]),
+    )

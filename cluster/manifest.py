@@ -1,0 +1,99 @@
+"""The manifest of an output: what was done to each tensor, from what, and how to check it.
+
+`raymerge_manifest.json` lies in the output folder. `verify` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from raymerge.cluster.match import LoadedModel, MergedTensor
+from raymerge.cluster.plan import RecipePlan
+from raymerge.cluster.run_folder import MANIFEST_NAME
+from raymerge.merge_actors.checksum import add_checksums, checksum_chunk_bytes
+from raymerge.merge_actors.task import PieceReport
+
+FORMAT_VERSION = 1
+_PACKAGES = ("raymerge", "torch", "ray", "safetensors", "numpy")
+
+
+def make_manifest(
+    plan: RecipePlan,
+    models: Mapping[str, LoadedModel],
+    reports: Sequence[PieceReport],
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the manifest of one recipe's output.
+
+    Args:
+        plan: the recipe and what it was matched with.
+        models: its models.
+        reports: what came out of all its pieces.
+        run: figures of the run that are not the recipe's own (bytes read, seconds, device).
+    """
+    pieces: dict[str, list[PieceReport]] = {}
+    for report in reports:
+        pieces.setdefault(report.tensor, []).append(report)
+    files = {name: file.name for file in plan.layout.files for name in file.tensors}
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": plan.recipe.to_mapping(),
+        "seed": plan.recipe.seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "inputs": {
+            key: {
+                "fingerprint": model.checkpoint.fingerprint,
+                "num_parameters": model.checkpoint.num_parameters,
+                **({"adapter_fingerprint": model.adapter.fingerprint} if model.adapter else {}),
+            }
+            for key, model in sorted(models.items())
+        },
+        "files": {file.name: file.num_bytes for file in plan.layout.files},
+        "tensors": {
+            tensor.name: _row(tensor, files[tensor.name], pieces[tensor.name]) for tensor in plan.tensors
+        },
+        "run": dict(run),
+    }
+
+
+def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest into an output folder."""
+    with open(os.path.join(folder, MANIFEST_NAME), "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+
+
+def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "file": file,
+        "method": tensor.method,
+        "models": [operand.model for operand in tensor.models],
+        "base": tensor.base.model if tensor.base else None,
+        "checksum": f"{add_checksums(*(report.checksum for report in reports)):016x}",
+        "checksum_chunk_bytes": checksum_chunk_bytes(tensor.shape, tensor.dtype),
+    }
+    if tensor.method != "copy":
+        # Six digits: pieces are summed in the order of the cut, which may differ between runs.
+        row["norm"] = float(f"{math.sqrt(math.fsum(r.sum_squares for r in reports)):.6g}")
+        row["num_nonfinite"] = sum(report.num_nonfinite for report in reports)
+    if tensor.note:
+        row["note"] = tensor.note
+    return row
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

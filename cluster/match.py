@@ -1,0 +1,430 @@
+"""Decide, from headers alone, what every tensor of the output is made of.
+
+Recipe and checkpoints in, one `MergedTensor` per output tensor out: which tensor of which
+model, under which settings, or why it is copied instead. Nothing about slices, workers or
+files of the output is known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raymerge.cluster.layers import (
+    find_stacks,
+    is_before_layers,
+    main_stacks,
+    split_layer,
+)
+from raymerge.cluster.recipe import LayerSlice, Module, Recipe, SourceUse
+from raymerge.cluster.settings import layer_position, resolve
+from raymerge.cluster.vocabulary import Vocabulary
+from raymerge.merge_actors.checkpoint.adapter import Adapter, LowRank
+from raymerge.merge_actors.checkpoint.folder import Checkpoint
+from raymerge.merge_actors.checkpoint.header import TensorInfo
+from raymerge.merge_actors.dtypes import is_float
+from raymerge.merge_actors.errors import MismatchError, RecipeError
+from raymerge.merge_actors.methods import METHODS
+from raymerge.merge_actors.methods.interface import Method, Settings
+from raymerge.merge_actors.task import RowRun
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model of the campaign with its headers."""
+
+    key: str
+    """`ModelRef.key`: the name in messages and in random streams."""
+    checkpoint: Checkpoint
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One model's tensor as an input of a merge."""
+
+    model: str
+    """Key of the model."""
+    info: TensorInfo
+    low_rank: LowRank | None = None
+    row_runs: tuple[RowRun, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedTensor:
+    """One tensor of the output and what it is made of."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    """Key of the registry, or "copy"."""
+    settings: Settings
+    base: Operand | None
+    models: tuple[Operand, ...]
+    """In canonical order where the method is symmetric."""
+    stream_names: tuple[str, ...]
+    """Names of the models' random streams; a model listed twice has two."""
+    note: str = ""
+    """Why it is not merged as the recipe says; empty if it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An output tensor before its inputs are looked up: the source's name per use."""
+
+    name: str
+    source_names: tuple[str, ...]
+    layer_t: float
+
+
+_COPY = Settings(models=({},))
+
+
+def match(
+    recipe: Recipe, models: Mapping[str, LoadedModel], vocabulary: Vocabulary | None
+) -> tuple[list[MergedTensor], list[str]]:
+    """Match the tensors of all models of a recipe.
+
+    Args:
+        recipe: what to make.
+        models: by `ModelRef.key`; at least all models of the recipe.
+        vocabulary: which rows of each model make the output's vocabulary; None if all agree.
+
+    Returns:
+        the output's tensors in the order of the donor's files, and remarks for the user.
+
+    Raises:
+        MismatchError: models that do not belong together.
+        RecipeError: a layer range outside a model, or a module that no tensor belongs to.
+    """
+    method = METHODS[recipe.merge_method]
+    matcher = _Matcher(recipe, method, models, vocabulary)
+    tensors: list[MergedTensor] = []
+    for module, layers, names in _by_slice(recipe, models):
+        tensors += matcher.match_slice(module, layers, names)
+    if not tensors:
+        raise RecipeError(f"recipe {recipe.name} yields no tensor at all; check its modules and layer ranges")
+    return tensors, matcher.remarks()
+
+
+class _Matcher:
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        models: Mapping[str, LoadedModel],
+        vocabulary: Vocabulary | None,
+    ) -> None:
+        self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
+        self._notes: dict[str, list[str]] = {}
+        self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
+
+    def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[_Place]) -> list[MergedTensor]:
+        uses = layers.uses()
+        order, streams = _canonical_order(layers.sources, self.method)
+        found = []
+        for place in places:
+            operands = [
+                self._operand(use, name, place.name)
+                for use, name in zip(uses, place.source_names, strict=True)
+            ]
+            merged = self._match_tensor(module, layers, place, operands, order, streams)
+            if merged is not None:
+                found.append(merged)
+        return found
+
+    def remarks(self) -> list[str]:
+        """Sum the notes up, one line per reason."""
+        lines = []
+        for note, names in self._notes.items():
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+            lines.append(f"{note}: {some}")
+        return lines
+
+    def _operand(self, use: SourceUse, name: str, output_name: str) -> Operand | None:
+        model = self.models[use.model.key]
+        info = model.checkpoint.tensors.get(model.checkpoint.tied.get(name, name))
+        if model.adapter is not None and name in model.adapter.full:
+            info = model.adapter.full[name]
+        if info is None:
+            return None
+        runs = self.vocabulary.row_runs(use.model.key, info) if self.vocabulary else None
+        low_rank = model.adapter.pairs.get(name) if model.adapter else None
+        return Operand(use.model.key, info, low_rank, runs)
+
+    def _match_tensor(
+        self,
+        module: Module,
+        layers: LayerSlice,
+        place: _Place,
+        operands: list[Operand | None],
+        order: Sequence[int],
+        streams: Sequence[str],
+    ) -> MergedTensor | None:
+        present = [operand for operand in operands if operand is not None]
+        donor = present[0]
+        if not is_float(donor.info.dtype):
+            return self._copy(place.name, donor, "not a float tensor: copied from the base or the first model")
+        if len(present) == 1 and len(operands) == 1 and not layers.sources:
+            return self._copy(place.name, donor, "")
+        if len(present) < len(operands):
+            return self._match_incomplete(layers, place, operands, present)
+        shape = self._common_shape(place.name, present)
+        base, merged = (present[0], present[1:]) if layers.base else (None, present)
+        settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
+        return MergedTensor(
+            name=place.name,
+            shape=shape,
+            dtype=self._dtype(donor),
+            method=self.method.name,
+            settings=self._reorder(settings, order),
+            base=base,
+            models=tuple(merged[i] for i in order),
+            stream_names=tuple(streams),
+        )
+
+    def _match_incomplete(
+        self,
+        layers: LayerSlice,
+        place: _Place,
+        operands: Sequence[Operand | None],
+        present: Sequence[Operand],
+    ) -> MergedTensor | None:
+        """Treat a tensor that some models lack by the recipe's `missing` policy."""
+        lacking = [
+            use.model.key for use, operand in zip(layers.uses(), operands, strict=True) if operand is None
+        ]
+        policy = self.recipe.missing
+        if policy == "error":
+            raise MismatchError(
+                f"tensor {place.name} stands in model {present[0].model} but not in {', '.join(lacking)}; say in "
+                f"{self.recipe.origin.file or 'the recipe'} what to do with such tensors: missing: base (take the "
+                "base's), present (average the models that have it) or drop"
+            )
+        if policy == "drop":
+            self._note("left out, not all models have it", place.name)
+            return None
+        if policy == "base":
+            if layers.base is None or operands[0] is None:
+                self._note("left out, the base does not have it", place.name)
+                return None
+            return self._copy(place.name, operands[0], "copied from the base, not all models have it")
+        having = [operand for operand in (operands[1:] if layers.base else operands) if operand is not None]
+        if not having:
+            return self._copy(place.name, present[0], "copied from the base, no other model has it")
+        if len(having) == 1:
+            return self._copy(place.name, having[0], "copied from the one model that has it")
+        note = "averaged over the models that have it"
+        self._note(note, place.name)
+        return MergedTensor(
+            name=place.name,
+            shape=self._common_shape(place.name, having),
+            dtype=self._dtype(having[0]),
+            method="linear",
+            settings=Settings(shared={"normalize": True}, models=tuple({"weight": 1.0} for _ in having)),
+            base=None,
+            models=tuple(having),
+            stream_names=tuple(operand.model for operand in having),
+            note=note,
+        )
+
+    def _common_shape(self, name: str, operands: Sequence[Operand]) -> tuple[int, ...]:
+        """Check that all operands, after their rows are mapped, have one shape; return it."""
+        first = operands[0]
+        shape = _output_shape(first, self.vocabulary)
+        for other in operands[1:]:
+            if _output_shape(other, self.vocabulary) != shape:
+                raise self._shape_error(name, first, other)
+            if not is_float(other.info.dtype):
+                raise MismatchError(
+                    f"tensor {name} is {first.info.dtype} in model {first.model} but {other.info.dtype} in "
+                    f"{other.model}; only float tensors can be merged"
+                )
+        return shape
+
+    def _shape_error(self, name: str, first: Operand, other: Operand) -> MismatchError:
+        one, two = list(first.info.shape), list(other.info.shape)
+        message = f"tensor {name} has shape {one} in model {first.model} but {two} in {other.model}"
+        vocabularies = {self.models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)}
+        if one[1:] == two[1:] and len(one) == 2 and {one[0], two[0]} <= vocabularies | {None}:
+            return MismatchError(
+                f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in the recipe: "
+                "vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"
+            )
+        return MismatchError(f"{message}; models of different shape cannot be merged: check the base and sizes")
+
+    def _copy(self, name: str, operand: Operand, note: str) -> MergedTensor:
+        if note:
+            self._note(note, name)
+        needs_maths = operand.low_rank is not None or operand.row_runs is not None
+        scale: dict[str, None] = {"scale": None}
+        return MergedTensor(
+            name=name,
+            shape=_output_shape(operand, self.vocabulary),
+            dtype=self._dtype(operand) if is_float(operand.info.dtype) else operand.info.dtype,
+            method="passthrough" if needs_maths or is_float(operand.info.dtype) else "copy",
+            settings=Settings(models=(scale,)) if is_float(operand.info.dtype) else _COPY,
+            base=None,
+            models=(operand,),
+            stream_names=(operand.model,),
+            note=note,
+        )
+
+    def _dtype(self, operand: Operand) -> str:
+        return self.recipe.out_dtype or self.recipe.dtype or operand.info.dtype
+
+    def _note(self, note: str, name: str) -> None:
+        self._notes.setdefault(note, []).append(name)
+
+    def _reorder(self, settings: Settings, order: Sequence[int]) -> Settings:
+        key = (id(settings), tuple(order))
+        if key not in self._ordered:
+            models = tuple(settings.models[i] for i in order)
+            same = models == settings.models
+            self._ordered[key] = settings if same else dataclasses.replace(settings, models=models)
+        return self._ordered[key]
+
+
+def _canonical_order(sources: Sequence[SourceUse], method: Method) -> tuple[list[int], list[str]]:
+    """Return the order in which models are summed, and the names of their random streams.
+
+    Where the maths is symmetric the order is that of the models' keys, so that the same models
+    in another order give the same bytes. The second use of one model is stream "KEY#2".
+    """
+    names: list[str] = []
+    for use in sources:
+        count = 1 + sum(1 for earlier in sources[: len(names)] if earlier.model.key == use.model.key)
+        names.append(use.model.key if count == 1 else f"{use.model.key}#{count}")
+    order = sorted(range(len(names)), key=names.__getitem__) if method.is_symmetric else list(range(len(names)))
+    return order, [names[i] for i in order]
+
+
+def _output_shape(operand: Operand, vocabulary: Vocabulary | None) -> tuple[int, ...]:
+    if operand.row_runs is not None and vocabulary is not None:
+        return (vocabulary.num_rows, *operand.info.shape[1:])
+    return operand.info.shape
+
+
+def _by_slice(
+    recipe: Recipe, models: Mapping[str, LoadedModel]
+) -> list[tuple[Module, LayerSlice, list[_Place]]]:
+    """Return the output tensors of every slice, named by the slice's first model."""
+    groups = []
+    claimed = [module.name for module in recipe.modules if module.name != "default"]
+    for module in recipe.modules:
+        next_layer = 0
+        for number, layers in enumerate(module.slices):
+            uses = layers.uses()
+            names = [_names_of(models[use.model.key], module.name, claimed, recipe) for use in uses]
+            if layers.num_layers is None:
+                places = _whole_places(recipe, names)
+            else:
+                stacks = main_stacks(names[0], models[uses[0].model.key].checkpoint.config)
+                _check_ranges(recipe, layers, models, stacks)
+                places = _range_places(recipe, layers, names[0], stacks, next_layer, number, len(module.slices))
+                next_layer += layers.num_layers
+            groups.append((module, layers, places))
+    return groups
+
+
+def _names_of(model: LoadedModel, module: str, claimed: Sequence[str], recipe: Recipe) -> list[str]:
+    """Return the names of a model's tensors that belong to a module, in file order."""
+    names = [*model.checkpoint.tensors]
+    if model.adapter:
+        names += [name for name in model.adapter.full if name not in model.checkpoint.tensors]
+    if not claimed:
+        return names
+    if module == "default":
+        return [name for name in names if not any(_is_in(name, other) for other in claimed)]
+    found = [name for name in names if _is_in(name, module)]
+    if not found:
+        parts = sorted({part for name in names for part in name.split(".")[:2]})
+        raise RecipeError(
+            f"recipe {recipe.name}: no tensor of model {model.key} belongs to module {module!r}; parts of the "
+            f"names there: {', '.join(parts[:12])}"
+        )
+    return found
+
+
+#: Names that recipes in the wild give to modules -> components of tensor names.
+_MODULE_PARTS = {"text_decoder": ("language_model", "text_model"), "multi_modal_projector": ("connector",)}
+
+
+def _is_in(name: str, module: str) -> bool:
+    wanted = {module, *_MODULE_PARTS.get(module, ())}
+    return any(part in wanted for part in name.split(".")) or name.startswith(f"{module}.")
+
+
+def _whole_places(recipe: Recipe, names: Sequence[Sequence[str]]) -> list[_Place]:
+    """Return a place for every tensor that any model has: the first model's order, then the rest."""
+    union = list(dict.fromkeys(name for of_model in names for name in of_model))
+    stacks = find_stacks(union)
+    places = []
+    for name in union:
+        layer = split_layer(name)
+        places.append(
+            _Place(
+                name,
+                tuple(name for _ in names),
+                layer_position(
+                    recipe,
+                    layer.index if layer else None,
+                    stacks[layer.stack] if layer else 1,
+                    is_after_layers=not layer and not is_before_layers(name),
+                ),
+            )
+        )
+    return places
+
+
+def _range_places(
+    recipe: Recipe,
+    layers: LayerSlice,
+    names: Sequence[str],
+    stacks: Mapping[str, int],
+    first_layer: int,
+    slice_number: int,
+    num_slices: int,
+) -> list[_Place]:
+    """Return the places of one slice of layers, renumbered from `first_layer`.
+
+    Tensors before the layers come with the first slice, those after them with the last.
+    """
+    uses = layers.uses()
+    ranges = [use.layer_range for use in uses]
+    assert all(each is not None for each in ranges)
+    begins = [each[0] for each in ranges if each is not None]
+    count = layers.num_layers or 0
+    places = []
+    for name in names:
+        layer = split_layer(name)
+        if layer and layer.stack in stacks:
+            within = layer.index - begins[0]
+            if 0 <= within < count:
+                sources = tuple(layer.at(begin + within) for begin in begins)
+                place_t = layer_position(recipe, within, count)
+                places.append(_Place(layer.at(first_layer + within), sources, place_t))
+            continue
+        is_before = is_before_layers(name)
+        if slice_number == (0 if is_before else num_slices - 1):
+            place_t = layer_position(recipe, None, 1, is_after_layers=not is_before)
+            places.append(_Place(name, tuple(name for _ in uses), place_t))
+    return places
+
+
+def _check_ranges(
+    recipe: Recipe, layers: LayerSlice, models: Mapping[str, LoadedModel], stacks: Mapping[str, int]
+) -> None:
+    if not stacks:
+        raise RecipeError(f"recipe {recipe.name}: {layers.uses()[0].model.key} has no numbered layers for a range")
+    for use in layers.uses():
+        loaded = models[use.model.key]
+        own = main_stacks(loaded.checkpoint.tensors, loaded.checkpoint.config)
+        count = min(own.values(), default=0)
+        if use.layer_range and use.layer_range[1] > count:
+            raise RecipeError(
+                f"{recipe.origin.file or recipe.name}: {use.where}.layer_range is {list(use.layer_range)}, but "
+                f"{use.model.key} has {count} layers; ranges are [begin, end) with end at most {count}"
+            )

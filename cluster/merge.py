@@ -1,0 +1,217 @@
+"""Run a campaign: plan it, drive it through the workers, commit what came out.
+
+The one way from recipes to checkpoints; the command line and `raymerge.merge` call it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raymerge.cluster.campaign import PlannedWave, RecipeSource, plan_wave, read_recipes, waves
+from raymerge.cluster.connect import Placement, connected
+from raymerge.cluster.controller import Controller, Totals
+from raymerge.cluster.inspect import quick_check
+from raymerge.cluster.journal import Journal
+from raymerge.cluster.manifest import make_manifest, write_manifest
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.output_files import write_metadata_files
+from raymerge.cluster.progress import Progress
+from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.run_folder import RunFolder, write_index
+from raymerge.cluster.worker_group import WorkerGroup
+from raymerge.merge_actors.task import PieceReport, RunContext
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """What a merge did."""
+
+    outputs: tuple[str, ...]
+    """Folder of each recipe's checkpoint, in the order of the recipes."""
+    totals: Totals
+    """Work of this run; tasks that an earlier run had finished are not in it."""
+    num_tasks: int
+    """Tasks of the whole plan."""
+    num_resumed: int
+    """Tasks that were found finished."""
+    seconds: float
+    device: str
+    num_workers: int
+    remarks: tuple[str, ...]
+    """What the user should know: ineffective keys, copied tensors, NaN that was let through."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def merge(
+    recipes: Sequence[RecipeSource],
+    out: str | os.PathLike[str],
+    options: MergeOptions | None = None,
+    *,
+    strict: bool = False,
+    on_remark: Callable[[str], None] | None = None,
+    show_progress: bool = False,
+) -> MergeResult:
+    """Merge all recipes as one campaign.
+
+    Args:
+        recipes: recipe files, folders of them, YAML texts or mappings.
+        out: the output folder; with several recipes each has a folder of its own name in it.
+        options: where and how to run.
+        strict: turn remarks about recipe keys into errors.
+        on_remark: called with each remark as soon as it is known.
+        show_progress: print progress on stderr.
+
+    Raises:
+        RaymergeError: with one sentence for the user; OUT is then as it was before.
+    """
+    started = time.monotonic()
+    options = options or MergeOptions()
+    remarks: list[str] = []
+
+    def remark(line: str) -> None:
+        remarks.append(line)
+        if on_remark is not None:
+            on_remark(line)
+
+    read, said = read_recipes(recipes, options, strict=strict)
+    for line in said:
+        remark(line)
+    folder = RunFolder(os.fspath(out))
+    is_campaign = len(read) > 1
+    with folder.locked():
+        folder.check_free(overwrite=options.overwrite, resume=options.resume, is_campaign=is_campaign)
+        if not options.resume:
+            folder.clear()
+        run = _Run(folder, options, remark, show_progress)
+        run.carry_out(waves(read))
+        outputs = folder.commit([recipe.name for recipe in read], is_campaign=is_campaign)
+        folder.remove()
+    assert run.placement is not None
+    return MergeResult(
+        outputs=tuple(outputs),
+        totals=run.totals,
+        num_tasks=run.num_tasks,
+        num_resumed=run.num_resumed,
+        seconds=time.monotonic() - started,
+        device=run.placement.device,
+        num_workers=run.placement.num_workers,
+        remarks=tuple(remarks),
+    )
+
+
+class _Run:
+    """One run over all waves of a campaign, up to the commit."""
+
+    def __init__(
+        self, folder: RunFolder, options: MergeOptions, remark: Callable[[str], None], show_progress: bool
+    ) -> None:
+        self.folder, self.options, self.remark, self.show_progress = folder, options, remark, show_progress
+        self.totals = Totals()
+        self.num_tasks = self.num_resumed = 0
+        self.placement: Placement | None = None
+
+    def carry_out(self, ordered: Sequence[Sequence[Recipe]]) -> None:
+        """Plan and run wave after wave on one worker group."""
+        recipes = [recipe for wave in ordered for recipe in wave]
+        folders = {recipe.name: self.folder.output(recipe.name) for recipe in recipes}
+        first = self._plan(ordered[0], folders)
+        options = self.options
+        with connected(
+            address=options.address,
+            in_process=options.in_process,
+            workers=options.workers,
+            device=options.device,
+        ) as (group, placement):
+            self.placement = placement
+            for number, wave in enumerate(ordered):
+                self._run_wave(number, first if number == 0 else self._plan(wave, folders), group, placement)
+                group.close()
+
+    def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
+        results = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
+        planned = plan_wave(recipes, folders, self.options, results)
+        for line in planned.remarks:
+            self.remark(line)
+        for recipe in recipes:
+            for line in quick_check(recipe, planned.models):
+                self.remark(line)
+        return planned
+
+    def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
+        plan = wave.plan
+        journal = self._open_journal(number, wave)
+        self.num_tasks += len(plan.tasks)
+        self.num_resumed += len(journal.done)
+        progress = Progress(
+            len(plan.tasks),
+            plan.read_bytes + plan.write_bytes,
+            num_done=len(journal.done),
+            done_bytes=sum(r.read_bytes + r.write_bytes for r in journal.done.values()),
+        )
+        started = time.monotonic()
+        try:
+            group.start(self._context(wave, placement))
+            controller = Controller(plan, group, journal, progress.show if self.show_progress else _silent)
+            totals = controller.run()
+        finally:
+            progress.clear()
+            journal.close()
+        self.totals = self.totals.plus_totals(totals)
+        for line in dict.fromkeys(line for report in journal.done.values() for line in report.warnings):
+            self.remark(line)
+        figures = {
+            "device": placement.device,
+            "num_workers": placement.num_workers,
+            "read_bytes": plan.read_bytes,
+            "write_bytes": plan.write_bytes,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        self._finish_outputs(wave, journal, figures)
+
+    def _open_journal(self, number: int, wave: PlannedWave) -> Journal:
+        """Go on with the journal of an unfinished run, or make room and begin a new one."""
+        path = self.folder.journal_path + (f".{number}" if number else "")
+        if self.options.resume and os.path.exists(path):
+            return Journal.resume(path, wave.fingerprint)
+        self.folder.check_space(wave.plan.write_bytes)
+        for recipe in wave.plan.recipes:
+            self.folder.preallocate(recipe.folder, recipe.layout)
+        return Journal.create(path, wave.fingerprint, {"num_tasks": len(wave.plan.tasks)})
+
+    def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
+        folders = {model.checkpoint.folder for model in wave.models.values()}
+        return RunContext(
+            run_id=wave.fingerprint,
+            settings=wave.plan.settings,
+            device=placement.device,
+            num_threads=placement.threads_per_worker,
+            allow_nan=self.options.allow_nan,
+            visible_paths=(*sorted(folders), self.folder.journal_path),
+        )
+
+    def _finish_outputs(self, wave: PlannedWave, journal: Journal, figures: dict[str, Any]) -> None:
+        """Write what belongs beside the weights; the index comes last."""
+        reports: dict[int, list[PieceReport]] = {}
+        for report in journal.done.values():
+            for piece in report.pieces:
+                reports.setdefault(piece.recipe, []).append(piece)
+        for number, plan in enumerate(wave.plan.recipes):
+            used = {ref.key: wave.models[ref.key] for ref in plan.recipe.all_models()}
+            for line in write_metadata_files(
+                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, wave.vocabularies[number]
+            ):
+                self.remark(f"{plan.recipe.name}: {line}")
+            write_manifest(plan.folder, make_manifest(plan, used, reports.get(number, []), figures))
+            write_index(plan.folder, plan.layout)
+
+
+def _silent(totals: Totals) -> None:
+    del totals

@@ -1,0 +1,339 @@
+"""Turn matched tensors into tasks: a pure function of headers and limits.
+
+The parameter space is cut in three steps. Output tensors that share an input (the same tensor
+in several recipes, or one layer stacked twice) form a *group*, so that each input is read once
+for all of them. A group larger than a slice is cut into pieces at unit boundaries. Small
+pieces are packed, in the order of their place on disk, into tasks of about one slice. A tensor
+whose method needs a quantity of the whole tensor is measured by the worker if it is one piece;
+if it was cut, its *state* is gathered by the driver in rounds of measure tasks first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from raymerge.cluster.match import MergedTensor, Operand
+from raymerge.cluster.recipe import Recipe
+from raymerge.merge_actors.checkpoint.layout import Layout
+from raymerge.merge_actors.dtypes import element_bytes
+from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
+from raymerge.merge_actors.methods.block import unit_elements
+from raymerge.merge_actors.methods.interface import Settings
+from raymerge.merge_actors.methods.prepare import model_wide_steps, needs_preparation
+from raymerge.merge_actors.methods.slices import split_of
+from raymerge.merge_actors.randomness import stream_key
+from raymerge.merge_actors.task import Job, LowRankRead, MergeTask, Piece, Read
+
+#: (recipe number, tensor): one output tensor of the campaign.
+OutputKey = tuple[int, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipePlan:
+    """One recipe with its matched tensors and the layout of its output."""
+
+    recipe: Recipe
+    tensors: tuple[MergedTensor, ...]
+    layout: Layout
+    folder: str
+    """Where its files are being written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlan:
+    """A state that the driver gathers before some merge tasks can start."""
+
+    number: int
+    settings: int
+    """Index into `Plan.settings`."""
+    num_elements: int
+    """Elements of what is measured: a tensor, or all merged tensors of a recipe."""
+    pieces: tuple[Piece, ...]
+    """What to measure, in order; each holds the one job that asks."""
+    is_model_wide: bool = False
+    known: int | None = None
+    """Number of the model-wide state that comes first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All there is to do, in the order of the disk."""
+
+    recipes: tuple[RecipePlan, ...]
+    settings: tuple[tuple[str, Settings], ...]
+    states: tuple[StatePlan, ...]
+    tasks: tuple[MergeTask, ...]
+    slice_bytes: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the merge tasks read: each input slice once for all recipes."""
+        return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(task.write_bytes for task in self.tasks)
+
+    @property
+    def largest_task_bytes(self) -> int:
+        """Bytes of buffers, inputs and outputs, that the largest task needs."""
+        return max((task.read_bytes + task.write_bytes for task in self.tasks), default=0)
+
+
+def make_plan(recipes: Sequence[RecipePlan], *, slice_bytes: int) -> Plan:
+    """Cut a campaign into tasks.
+
+    Args:
+        recipes: what to make and where it goes.
+        slice_bytes: bytes of one input that a piece holds at most; a single unit (a row, or
+            65,536 elements) is never cut.
+    """
+    return _Planner(recipes, slice_bytes).plan()
+
+
+class _Planner:
+    def __init__(self, recipes: Sequence[RecipePlan], slice_bytes: int) -> None:
+        self.recipes, self.slice_bytes = recipes, slice_bytes
+        self.settings: list[tuple[str, Settings]] = []
+        self.states: list[StatePlan] = []
+        self._setting_numbers: dict[tuple[str, int], int] = {}
+        self._model_wide: dict[int, int] = {}
+        self._needs: dict[int, bool] = {}
+        self._splits: dict[int, str] = {}
+        self._places = [_output_places(recipe) for recipe in recipes]
+
+    def plan(self) -> Plan:
+        for number, recipe in enumerate(self.recipes):
+            self._plan_model_wide(number, recipe)
+        groups = _group(self.recipes)
+        groups.sort(key=lambda group: _disk_place(self._tensor(group[0])))
+        pieces: list[tuple[Piece, tuple[int, ...]]] = []
+        for group in groups:
+            pieces += self._cut(group)
+        return Plan(
+            recipes=tuple(self.recipes),
+            settings=tuple(self.settings),
+            states=tuple(self.states),
+            tasks=tuple(self._pack(pieces)),
+            slice_bytes=self.slice_bytes,
+        )
+
+    def _tensor(self, key: tuple[int, int]) -> MergedTensor:
+        return self.recipes[key[0]].tensors[key[1]]
+
+    def _cut(self, group: Sequence[tuple[int, int]]) -> list[tuple[Piece, tuple[int, ...]]]:
+        """Cut a group into pieces; returns each with the states that it waits for."""
+        members = [(recipe, self._tensor((recipe, index))) for recipe, index in group]
+        reads, places = _reads_of([tensor for _, tensor in members])
+        shape = members[0][1].shape
+        total = math.prod(shape)
+        step = self._step(members, reads, total)
+        is_cut = step < total
+        jobs, waits = [], []
+        for number, tensor in members:
+            setting = self._intern(tensor)
+            state = self._model_wide.get(number) if tensor.method in METHODS else None
+            if is_cut and self._must_prepare(setting):
+                state = self._plan_state(number, tensor, setting, step, known=state)
+            if state is not None:
+                waits.append(state)
+            jobs.append(self._job(number, tensor, setting, places, state))
+        edges = [*range(0, total, step), total] if total else [0, 0]
+        return [
+            (Piece(shape=shape, begin=begin, end=end, reads=reads, jobs=tuple(jobs)), tuple(waits))
+            for begin, end in zip(edges, edges[1:], strict=False)
+        ]
+
+    def _step(self, members: Sequence[tuple[int, MergedTensor]], reads: Sequence[Read], total: int) -> int:
+        """Return the elements of a piece: as many whole units of every job as fit a slice."""
+        shape = members[0][1].shape
+        splits = {"elementwise"} | {self._split(self._intern(tensor)) for _, tensor in members}
+        if any(read.low_rank or read.row_runs for read in reads):
+            splits.add("rowwise")
+        granularity = math.lcm(*(unit_elements(shape, split) for split in splits))
+        widest = max(element_bytes(read.dtype) for read in reads)
+        step = max(1, self.slice_bytes // (widest * granularity)) * granularity
+        return min(step, max(1, total))
+
+    def _job(
+        self, number: int, tensor: MergedTensor, setting: int, places: Mapping[int, int], state: int | None
+    ) -> Job:
+        plan = self.recipes[number]
+        file, offset = self._places[number][tensor.name]
+        return Job(
+            recipe=number,
+            tensor=tensor.name,
+            settings=setting,
+            base=None if tensor.base is None else places[id(tensor.base)],
+            models=tuple(places[id(operand)] for operand in tensor.models),
+            keys=tuple(stream_key(plan.recipe.seed, name, tensor.name) for name in tensor.stream_names),
+            file=file,
+            offset=offset,
+            dtype=tensor.dtype,
+            state=state,
+        )
+
+    def _plan_state(
+        self, number: int, tensor: MergedTensor, setting: int, step: int, known: int | None
+    ) -> int:
+        """Plan the measuring of one tensor that was cut; its pieces read only what its job needs."""
+        pieces = self._measure_pieces(number, tensor, setting, step)
+        total = math.prod(tensor.shape)
+        self.states.append(
+            StatePlan(
+                number=len(self.states), settings=setting, num_elements=total, pieces=pieces, known=known
+            )
+        )
+        return len(self.states) - 1
+
+    def _plan_model_wide(self, number: int, recipe: RecipePlan) -> None:
+        """Plan the one state of a recipe that is measured over all its tensors."""
+        pieces: list[Piece] = []
+        setting, total = -1, 0
+        for tensor in recipe.tensors:
+            if tensor.method == "copy" or not model_wide_steps(
+                METHODS[tensor.method], tensor.settings, SPARSIFIERS
+            ):
+                continue
+            setting = self._intern(tensor)
+            reads, _ = _reads_of([tensor])
+            elements = math.prod(tensor.shape)
+            pieces += self._measure_pieces(
+                number, tensor, setting, self._step([(number, tensor)], reads, elements)
+            )
+            total += elements
+        if pieces:
+            self._model_wide[number] = len(self.states)
+            self.states.append(
+                StatePlan(
+                    number=len(self.states),
+                    settings=setting,
+                    num_elements=total,
+                    pieces=tuple(pieces),
+                    is_model_wide=True,
+                )
+            )
+
+    def _measure_pieces(self, number: int, tensor: MergedTensor, setting: int, step: int) -> tuple[Piece, ...]:
+        reads, places = _reads_of([tensor])
+        job = self._job(number, tensor, setting, places, None)
+        total = math.prod(tensor.shape)
+        return tuple(
+            Piece(shape=tensor.shape, begin=begin, end=min(begin + step, total), reads=reads, jobs=(job,))
+            for begin in range(0, total, step)
+        )
+
+    def _intern(self, tensor: MergedTensor) -> int:
+        key = (tensor.method, id(tensor.settings))
+        if key not in self._setting_numbers:
+            self._setting_numbers[key] = len(self.settings)
+            self.settings.append((tensor.method, tensor.settings))
+        return self._setting_numbers[key]
+
+    def _split(self, setting: int) -> str:
+        if setting not in self._splits:
+            name, settings = self.settings[setting]
+            self._splits[setting] = (
+                "elementwise" if name == "copy" else split_of(METHODS[name], settings, SPARSIFIERS)
+            )
+        return self._splits[setting]
+
+    def _must_prepare(self, setting: int) -> bool:
+        if setting not in self._needs:
+            name, settings = self.settings[setting]
+            self._needs[setting] = name != "copy" and needs_preparation(METHODS[name], settings, SPARSIFIERS)
+        return self._needs[setting]
+
+    def _pack(self, pieces: Sequence[tuple[Piece, tuple[int, ...]]]) -> Iterator[MergeTask]:
+        """Pack neighbours on disk into tasks of about one slice per input."""
+        packed: list[Piece] = []
+        waits: set[int] = set()
+        filled = number = 0
+        for piece, states in pieces:
+            amount = max(piece.num_elements * element_bytes(read.dtype) for read in piece.reads)
+            if packed and filled + amount > self.slice_bytes:
+                yield MergeTask(number=number, pieces=tuple(packed), states=tuple(sorted(waits)))
+                packed, waits, filled, number = [], set(), 0, number + 1
+            packed.append(piece)
+            waits.update(states)
+            filled += amount
+        if packed:
+            yield MergeTask(number=number, pieces=tuple(packed), states=tuple(sorted(waits)))
+
+
+def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
+    """Group output tensors that read a common input tensor and have one shape (union-find)."""
+    parent: dict[tuple[int, int], tuple[int, int]] = {}
+    by_input: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    def root(key: tuple[int, int]) -> tuple[int, int]:
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for number, recipe in enumerate(recipes):
+        for index, tensor in enumerate(recipe.tensors):
+            key = (number, index)
+            parent[key] = key
+            for operand in _operands(tensor):
+                input_key = (operand.info.file, operand.info.begin, tensor.shape, tensor.method == "copy")
+                parent[root(by_input.setdefault(input_key, key))] = root(key)
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for key in parent:
+        groups.setdefault(root(key), []).append(key)
+    return [sorted(group) for group in groups.values()]
+
+
+def _operands(tensor: MergedTensor) -> tuple[Operand, ...]:
+    return tensor.models if tensor.base is None else (tensor.base, *tensor.models)
+
+
+def _disk_place(tensor: MergedTensor) -> tuple[str, int]:
+    info = _operands(tensor)[0].info
+    return info.file, info.begin
+
+
+def _reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[int, int]]:
+    """Return the distinct reads of some tensors, and per operand (by identity) its read."""
+    numbers: dict[Read, int] = {}
+    places: dict[int, int] = {}
+    for tensor in tensors:
+        for operand in _operands(tensor):
+            places[id(operand)] = numbers.setdefault(_read_of(operand), len(numbers))
+    return tuple(numbers), places
+
+
+def _read_of(operand: Operand) -> Read:
+    info, low_rank = operand.info, operand.low_rank
+    return Read(
+        model=operand.model,
+        tensor=info.name,
+        file=info.file,
+        offset=info.begin,
+        dtype=info.dtype,
+        row_runs=operand.row_runs,
+        low_rank=low_rank
+        and LowRankRead(
+            a_file=low_rank.a.file,
+            a_offset=low_rank.a.begin,
+            b_file=low_rank.b.file,
+            b_offset=low_rank.b.begin,
+            dtype=low_rank.a.dtype,
+            rank=low_rank.rank,
+            scale=low_rank.scale,
+            is_transposed=low_rank.is_transposed,
+        ),
+    )
+
+
+def _output_places(plan: RecipePlan) -> Mapping[str, tuple[str, int]]:
+    """Return file and first byte of every output tensor of a recipe."""
+    return {
+        name: (f"{plan.folder}/{file.name}", begin)
+        for file in plan.layout.files
+        for name, (begin, _) in file.tensors.items()
+    }

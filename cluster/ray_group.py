@@ -1,0 +1,156 @@
+"""Merge workers as Ray actors: started on the cluster, replaced when they die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
+
+from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
+from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.ray_worker import RayMergeWorker
+from raymerge.merge_actors.task import MergeTask, RunContext
+
+#: How long to wait for the cluster to give the first worker before saying what is missing.
+START_SECONDS = 300.0
+#: Losses of workers that a run survives, per worker asked for.
+LOSSES_PER_WORKER = 3
+
+
+class RayGroup:
+    """Actors on a Ray cluster that this process is connected to."""
+
+    def __init__(self, num_workers: int, *, num_cpus: float, num_gpus: float) -> None:
+        self._num_workers = num_workers
+        self._options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if num_gpus == 0:  # Ray leaves all GPUs visible to actors that ask for none
+            self._options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        self._context: Any = None
+        self._actors: dict[int, Any] = {}
+        self._starting: dict[Any, tuple[int, Any]] = {}
+        self._in_flight: dict[Any, tuple[int, Instruction]] = {}
+        self._next_number = 0
+        self._losses_left = LOSSES_PER_WORKER * num_workers
+
+    def start(self, context: RunContext) -> None:
+        """Ask for all actors and return when the first is ready; the others join as they come.
+
+        Raises:
+            ClusterError: no worker came up in time, or a node does not see a path.
+        """
+        self._context = ray.put(context)
+        for _ in range(self._num_workers):
+            self._launch()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._actors:
+            for event in self.wait(1.0):
+                if isinstance(event, Failed):
+                    raise event.error
+            if time.monotonic() > deadline or not self._starting:
+                self.close()
+                raise ClusterError(_shortage(self._options, self._num_workers))
+
+    def workers(self) -> tuple[int, ...]:
+        """Return the numbers of the actors that are ready."""
+        return tuple(self._actors)
+
+    def submit(self, worker: int, instruction: Instruction, states: Mapping[int, TensorState]) -> None:
+        """Send an instruction to an actor."""
+        actor = self._actors[worker]
+        if isinstance(instruction, MergeTask):
+            reference = actor.merge.remote(instruction, states)
+        else:
+            reference = actor.measure.remote(instruction)
+        self._in_flight[reference] = (worker, instruction)
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        """Return finished, failed and lost instructions; start a replacement for a lost actor."""
+        waiting = [*self._in_flight, *self._starting]
+        if not waiting:
+            return []
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
+        if ready:  # everything else that is there already, in one sweep
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
+        events: list[Event] = []
+        for reference in ready:
+            if reference in self._starting:
+                events += self._joined(reference)
+            elif reference in self._in_flight:
+                events += self._finished(reference)
+        return events
+
+    def close(self) -> None:
+        """Kill every actor."""
+        for actor in [*self._actors.values(), *(actor for _, actor in self._starting.values())]:
+            ray.kill(actor)
+        self._actors, self._starting, self._in_flight = {}, {}, {}
+
+    def _launch(self) -> None:
+        number = self._next_number
+        self._next_number += 1
+        actor = RayMergeWorker.options(**self._options).remote(self._context)
+        self._starting[actor.check.remote()] = (number, actor)
+
+    def _joined(self, reference: Any) -> list[Event]:
+        number, actor = self._starting.pop(reference)
+        try:
+            ray.get(reference, timeout=30)
+        except RayTaskError as error:
+            return [Failed(number, MergeTask(number=-1, pieces=()), _cause(error))]
+        except (RayActorError, GetTimeoutError) as error:
+            return self._lose(number, f"worker {number} did not start: {error}")
+        self._actors[number] = actor
+        return []
+
+    def _finished(self, reference: Any) -> list[Event]:
+        worker, instruction = self._in_flight.pop(reference)
+        try:
+            return [Done(worker, instruction, ray.get(reference, timeout=60))]
+        except RayTaskError as error:
+            return [Failed(worker, instruction, _cause(error))]
+        except (ActorDiedError, ActorUnavailableError, RayActorError, OutOfMemoryError, GetTimeoutError) as error:
+            self._in_flight[reference] = (worker, instruction)
+            return self._lose(worker, str(error).strip().splitlines()[0])
+
+    def _lose(self, worker: int, reason: str) -> list[Event]:
+        """Forget a dead actor, start another, and hand its instructions back."""
+        lost = tuple(instruction for number, instruction in self._in_flight.values() if number == worker)
+        self._in_flight = {
+            reference: entry for reference, entry in self._in_flight.items() if entry[0] != worker
+        }
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+        self._losses_left -= 1
+        if self._losses_left < 0:
+            raise ClusterError(
+                f"workers died too often, the last one with: {reason}; see Ray's logs of the nodes, and use a "
+                "smaller --slice-mib if memory ran out"
+            )
+        self._launch()
+        return [Lost(worker, lost, reason)]
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """Return the worker's own exception."""
+    cause = error.cause
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _shortage(options: Mapping[str, Any], num_workers: int) -> str:
+    """Say what was asked of the cluster and what it has."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    asked = f"{num_workers} workers of {options['num_cpus']:g} CPU and {options['num_gpus']:g} GPU each"
+    have = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU"))
+    return f"no worker could be started in {START_SECONDS:g} s: asked for {asked}, the cluster has {have}"

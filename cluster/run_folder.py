@@ -1,0 +1,175 @@
+"""The folder of a run: locked, beside the output, renamed into place when all is done.
+
+Everything is written under ".NAME.raymerge" next to OUT, on the same file system. Weights go
+into preallocated files there; the index and the rename come last. Whatever happens before the
+rename leaves a previous OUT as it was, and a folder that cannot be mistaken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+
+from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.files import write_error
+
+JOURNAL_NAME = "journal.jsonl"
+MANIFEST_NAME = "raymerge_manifest.json"
+_LOCK_NAME = "lock"
+
+
+class RunFolder:
+    """Where one run keeps its journal and its unfinished outputs."""
+
+    def __init__(self, out: str) -> None:
+        self.out = os.path.abspath(out)
+        parent, name = os.path.split(self.out)
+        self.path = os.path.join(parent, f".{name}.raymerge")
+        self.journal_path = os.path.join(self.path, JOURNAL_NAME)
+
+    def output(self, name: str) -> str:
+        """Return the folder in which a recipe's output is being written."""
+        return os.path.join(self.path, "out", name)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder for this process alone; it is created if need be.
+
+        Raises:
+            OutputError: another run holds it, or the folder cannot be made.
+        """
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            descriptor = os.open(os.path.join(self.path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(f"cannot write next to {self.out}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"another run is writing {self.out} ({_owner(descriptor)}); wait for it or choose another folder"
+                ) from None
+            owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%F %T")}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                if os.listdir(self.path) == [_LOCK_NAME]:  # nothing came of the run: leave no trace
+                    shutil.rmtree(self.path)
+
+    def check_free(self, *, overwrite: bool, resume: bool, is_campaign: bool) -> None:
+        """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
+
+        Raises:
+            OutputError: with the way out.
+        """
+        if os.path.lexists(self.out) and not overwrite:
+            is_empty = os.path.isdir(self.out) and not os.listdir(self.out)
+            if not is_empty and not (resume and is_campaign and os.path.exists(self.journal_path)):
+                raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
+        if os.path.exists(self.journal_path) and not (resume or overwrite):
+            raise OutputError(
+                f"an unfinished run for {self.out} lies in {self.path}; go on with --resume, or start anew with "
+                "--overwrite"
+            )
+
+    def clear(self) -> None:
+        """Remove an earlier run's journal and outputs; the lock stays."""
+        for name in os.listdir(self.path):
+            if name != _LOCK_NAME:
+                path = os.path.join(self.path, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse a run whose output will not fit.
+
+        Raises:
+            OutputError: the file system has too little room.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise OutputError(
+                f"the output needs {num_bytes / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free on the file system "
+                f"of {self.out}"
+            )
+
+    def preallocate(self, folder: str, layout: Layout) -> None:
+        """Make a recipe's weight files at full length, headers written.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        os.makedirs(folder, exist_ok=True)
+        for file in layout.files:
+            path = os.path.join(folder, file.name)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    os.posix_fallocate(descriptor, 0, file.num_bytes)
+                    os.ftruncate(descriptor, file.num_bytes)
+                    os.pwrite(descriptor, file.header, 0)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise write_error(path, error) from error
+
+    def commit(self, names: Sequence[str], *, is_campaign: bool) -> list[str]:
+        """Move finished outputs to their final place; return the final folders."""
+        finals = []
+        if is_campaign:
+            os.makedirs(self.out, exist_ok=True)
+        for name in names:
+            final = os.path.join(self.out, name) if is_campaign else self.out
+            _replace_folder(self.output(name), final, aside=os.path.join(self.path, f"replaced-{name}"))
+            finals.append(final)
+        return finals
+
+    def remove(self) -> None:
+        """Remove the run folder after a commit."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_index(folder: str, layout: Layout) -> None:
+    """Write the index of a sharded output: the last file before the rename."""
+    if layout.index is not None:
+        with open(os.path.join(folder, INDEX_NAME), "w", encoding="utf-8") as file:
+            json.dump(layout.index, file, indent=2)
+            file.write("\n")
+
+
+def sync_folder(folder: str) -> None:
+    """Flush a folder's files to the disk, so that the rename cannot overtake the data."""
+    for name in [*os.listdir(folder), "."]:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and name != ".":
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace_folder(source: str, final: str, *, aside: str) -> None:
+    if os.path.isdir(final) and not os.path.islink(final) and not os.listdir(final):
+        os.rmdir(final)
+    if os.path.lexists(final):
+        os.rename(final, aside)
+    os.rename(source, final)
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (ValueError, KeyError):
+        return "its owner is not recorded"

@@ -1,0 +1,79 @@
+"""Positioned reads and writes on open files that a worker keeps for the length of a run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+from raymerge.merge_actors.errors import CheckpointError, OutputError
+
+#: Linux moves at most 0x7ffff000 bytes a call.
+_MOST_BYTES_A_CALL = 1 << 30
+
+
+class Files:
+    """File descriptors by path, opened on first use."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[tuple[str, int], int] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `offset`.
+
+        Raises:
+            CheckpointError: the file ends before that, or cannot be read.
+        """
+        done = 0
+        try:
+            descriptor = self._open(path, os.O_RDONLY)
+            while done < len(buffer):
+                part = buffer[done : done + _MOST_BYTES_A_CALL]
+                moved = os.preadv(descriptor, [part], offset + done)
+                if moved == 0:
+                    raise CheckpointError(
+                        f"{path} ends at byte {offset + done}, {len(buffer) - done} bytes before the tensor "
+                        "does: it was truncated or replaced during the merge"
+                    )
+                done += moved
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+    def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Write `buffer` to an existing file at `offset`.
+
+        Raises:
+            OutputError: the disk is full, or the file cannot be written.
+        """
+        done = 0
+        try:
+            descriptor = self._open(path, os.O_WRONLY)
+            while done < len(buffer):
+                done += os.pwrite(descriptor, buffer[done : done + _MOST_BYTES_A_CALL], offset + done)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _open(self, path: str, flags: int) -> int:
+        with self._lock:
+            found = self._descriptors.get((path, flags))
+            if found is None:
+                found = self._descriptors[path, flags] = os.open(path, flags | os.O_CLOEXEC)
+            return found
+
+
+def write_error(path: str, error: OSError) -> OutputError:
+    """Say in one sentence why a write failed and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"the disk is full while writing {path}; free some space and run again with --resume, "
+            "finished tasks are kept"
+        )
+    return OutputError(f"cannot write {path}: {error.strerror}")

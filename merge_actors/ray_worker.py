@@ -1,0 +1,32 @@
+"""The Ray skin of the merge worker: an actor class and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+
+from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, RunContext, TaskReport
+from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
+
+
+# One thread a lane, and one so that a ping is answered while all lanes are busy.
+@ray.remote(max_concurrency=NUM_LANES + 1, max_restarts=0)
+class RayMergeWorker:
+    """`MergeWorker` as an actor; its tasks are idempotent, so the driver may repeat them."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._worker = MergeWorker(context)
+
+    def check(self) -> str:
+        """See `MergeWorker.check`."""
+        return self._worker.check()
+
+    def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
+        """See `MergeWorker.merge`."""
+        return self._worker.merge(task, states)
+
+    def measure(self, task: MeasureTask) -> MeasureReport:
+        """See `MergeWorker.measure`."""
+        return self._worker.measure(task)

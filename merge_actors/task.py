@@ -1,0 +1,210 @@
+"""Instructions to a merge worker and its answers: frozen, picklable, without a tensor in them.
+
+A *piece* is elements [begin, end) of one or more output tensors that are made of the same
+input tensors; its reads serve every job in it, so a campaign reads each slice once. A *task*
+is a few pieces, about one slice's worth of bytes per source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raymerge.merge_actors.dtypes import element_bytes
+from raymerge.merge_actors.methods.interface import Settings, Summary
+from raymerge.merge_actors.methods.prepare import Round, TensorState
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankRead:
+    """A low-rank update to add to the rows that are read: scale * B @ A."""
+
+    a_file: str
+    a_offset: int
+    b_file: str
+    b_offset: int
+    dtype: str
+    rank: int
+    scale: float
+    is_transposed: bool
+    """The weight is stored (in, out), as GPT-2's Conv1D does: add (B @ A) transposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows [to, to + count) of a piece's tensor come from rows [source, source + count)."""
+
+    to: int
+    source: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """One input tensor of a piece; the element range is the piece's own."""
+
+    model: str
+    """Key of the model, for messages."""
+    tensor: str
+    file: str
+    offset: int
+    """Offset in the file of the tensor's first element (not of the piece's)."""
+    dtype: str
+    low_rank: LowRankRead | None = None
+    row_runs: tuple[RowRun, ...] | None = None
+    """For a vocabulary that differs: which rows of the file make the rows of the tensor;
+    rows in no run are filled from the base, else from the mean of the models that have them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Make the piece's elements of one output tensor of one recipe."""
+
+    recipe: int
+    tensor: str
+    settings: int
+    """Index into `RunContext.settings`."""
+    base: int | None
+    """Index into the piece's reads."""
+    models: tuple[int, ...]
+    """Indices into the piece's reads."""
+    keys: tuple[int, ...]
+    """Key of each model's random stream for this tensor."""
+    file: str
+    offset: int
+    """Offset in the output file of the tensor's first element (not of the piece's)."""
+    dtype: str
+    state: int | None = None
+    """Number of the state that the driver supplies: complete for a tensor that was cut, the
+    model-wide part for a whole one; None if the worker finds everything itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Elements [begin, end) of a group of tensors that share inputs and shape."""
+
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    reads: tuple[Read, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of each tensor in this piece."""
+        return self.end - self.begin
+
+    @property
+    def is_whole(self) -> bool:
+        """Is this all of its tensors? Then the worker itself can measure them."""
+        return self.num_elements == math.prod(self.shape)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that this piece reads, each input once."""
+        return sum(self.num_elements * element_bytes(read.dtype) for read in self.reads)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that this piece writes, over all recipes."""
+        return sum(self.num_elements * element_bytes(job.dtype) for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeTask:
+    """Read the pieces, merge them, write them."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    states: tuple[int, ...] = ()
+    """Whole-tensor states that must be known before the task can start."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the task reads."""
+        return sum(piece.read_bytes for piece in self.pieces)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that the task writes."""
+        return sum(piece.write_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureTask:
+    """Read one piece and answer one round of questions of one job."""
+
+    state: int
+    piece: Piece
+    """Holds the one job that asks, and the reads it needs."""
+    round: Round
+    number: int = -1
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the task reads."""
+        return self.piece.read_bytes
+
+    @property
+    def write_bytes(self) -> int:
+        """A measurement writes nothing."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What every worker of a run knows."""
+
+    run_id: str
+    settings: tuple[tuple[str, Settings], ...]
+    """(method name, settings) that jobs refer to by index."""
+    device: str
+    """Either "cpu" or "cuda"."""
+    num_threads: int
+    """Threads of a worker's own arithmetic."""
+    allow_nan: bool = False
+    visible_paths: tuple[str, ...] = ()
+    """Files and folders that every worker must be able to see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceReport:
+    """What came out of one job of one piece."""
+
+    recipe: int
+    tensor: str
+    checksum: int
+    """Sum modulo 2^64 of the checksums of the piece's chunks; adds up over pieces."""
+    sum_squares: float
+    num_nonfinite: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReport:
+    """A worker's answer to a merge task."""
+
+    number: int
+    pieces: tuple[PieceReport, ...]
+    read_bytes: int
+    write_bytes: int
+    read_seconds: float
+    merge_seconds: float
+    write_seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureReport:
+    """A worker's answer to a measure task: one summary per measure of the round."""
+
+    state: int
+    begin: int
+    summaries: tuple[Summary, ...]
+    read_bytes: int
+    read_seconds: float
+    merge_seconds: float
+
+
+#: states by number, as they travel with a merge task
+States = Mapping[int, TensorState]

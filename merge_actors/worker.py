@@ -1,0 +1,235 @@
+"""The merge worker: reads the pieces of a task, merges them, writes them.
+
+A plain class; `ray_worker.py` puts it into a Ray actor and the in-process backend calls it
+directly. A task passes three phases, each on its own resources: *read* (storage -> the
+lane's buffers), *merge* (the device), *write* (buffers -> storage). `run` may be called from
+as many threads as there are lanes, and then one task's reading overlaps the merging of the
+one before and the writing of the one before that. Tasks are idempotent: they overwrite their
+own ranges of preallocated files.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
+from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
+from raymerge.merge_actors.errors import ClusterError, NotFiniteError
+from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.inputs import arena_bytes, read_pieces
+from raymerge.merge_actors.lane import Lane
+from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
+from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
+from raymerge.merge_actors.nonfinite import count_nonfinite, hides_nonfinite
+from raymerge.merge_actors.task import (
+    Job,
+    MeasureReport,
+    MeasureTask,
+    MergeTask,
+    Piece,
+    PieceReport,
+    RunContext,
+    TaskReport,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+#: Tasks of one worker that are under way at once: one is read while another is merged.
+NUM_LANES = 2
+
+
+class Figures(NamedTuple):
+    """What a merged piece holds, before it is rounded to the output dtype."""
+
+    sum_squares: float
+    num_nonfinite: int
+
+
+class MergeWorker:
+    """Merges slices on one device."""
+
+    def __init__(self, context: RunContext) -> None:
+        import torch
+
+        self.context = context
+        torch.set_num_threads(context.num_threads)
+        device = torch.device("cuda", torch.cuda.current_device()) if context.device == "cuda" else torch.device("cpu")
+        self._files = Files()
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        for _ in range(NUM_LANES):
+            self._lanes.put(Lane(device))
+        # A CPU's cores are shared by the lanes: merging two tasks at once would only thrash
+        # the cache. On a GPU each lane has a stream of its own.
+        self._merging: threading.Lock | None = threading.Lock() if device.type == "cpu" else None
+
+    def check(self) -> str:
+        """Check that this node sees every path of the run; return the node's host name.
+
+        Raises:
+            ClusterError: a path is missing here.
+        """
+        host = os.uname().nodename
+        for path in self.context.visible_paths:
+            if not os.path.exists(path):
+                raise ClusterError(
+                    f"node {host} does not see {path}; inputs and output must lie on a file system "
+                    "that every node mounts at the same path"
+                )
+        return host
+
+    def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
+        """Carry out a merge task.
+
+        Args:
+            task: what to read, merge and write.
+            states: the whole-tensor states that `task.states` names.
+
+        Raises:
+            NotFiniteError: an input holds NaN or infinity and that is not allowed.
+            CheckpointError: an input cannot be read.
+            OutputError: the output cannot be written.
+        """
+        lane = self._lanes.get()
+        try:
+            clock = [time.perf_counter()]
+            inputs = read_pieces(task.pieces, self._files, lane.host_arena(arena_bytes(task.pieces)))
+            clock.append(time.perf_counter())
+            outputs = lane.output_arena(task.write_bytes)
+            merged: list[tuple[Piece, Job, memoryview, Figures]] = []
+            warnings: list[str] = []
+            with lane.computing(self._merging):
+                at = 0
+                for piece, of_piece in zip(task.pieces, inputs, strict=True):
+                    on_device = lane.to_device(of_piece)
+                    for job in piece.jobs:
+                        num_bytes = piece.num_elements * element_bytes(job.dtype)
+                        out_P = outputs[at : at + num_bytes].view(torch_dtype(job.dtype))
+                        figures = self._merge_piece(piece, job, on_device, states, lane, out_P, warnings)
+                        merged.append((piece, job, lane.host_bytes(at, num_bytes), figures))
+                        at += num_bytes
+                lane.fetch_output(at)
+            clock.append(time.perf_counter())
+            reports = tuple(self._write_piece(*one) for one in merged)
+            clock.append(time.perf_counter())
+        finally:
+            self._lanes.put(lane)
+        return TaskReport(
+            number=task.number,
+            pieces=reports,
+            read_bytes=task.read_bytes,
+            write_bytes=task.write_bytes,
+            read_seconds=clock[1] - clock[0],
+            merge_seconds=clock[2] - clock[1],
+            write_seconds=clock[3] - clock[2],
+            warnings=tuple(warnings),
+        )
+
+    def measure(self, task: MeasureTask) -> MeasureReport:
+        """Answer one round of questions about one slice of a tensor."""
+        lane = self._lanes.get()
+        try:
+            started = time.perf_counter()
+            inputs = read_pieces([task.piece], self._files, lane.host_arena(arena_bytes([task.piece])))
+            read = time.perf_counter()
+            with lane.computing(self._merging):
+                piece_slice = self._slice(task.piece, task.piece.jobs[0], lane.to_device(inputs[0]), lane)
+                summaries = tuple(piece_slice.measure(m, task.round.state) for m in task.round.measures)
+            return MeasureReport(
+                state=task.state,
+                begin=task.piece.begin,
+                summaries=summaries,
+                read_bytes=task.read_bytes,
+                read_seconds=read - started,
+                merge_seconds=time.perf_counter() - read,
+            )
+        finally:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        """Close the worker's files."""
+        self._files.close()
+
+    def _slice(self, piece: Piece, job: Job, inputs: list[torch.Tensor], lane: Lane) -> TensorSlice:
+        name, settings = self.context.settings[job.settings]
+        return TensorSlice(
+            method=METHODS[name],
+            settings=settings,
+            sparsifiers=SPARSIFIERS,
+            shape=piece.shape,
+            begin=piece.begin,
+            base_P=None if job.base is None else inputs[job.base],
+            models_P=[inputs[i] for i in job.models],
+            keys=job.keys,
+            pool=lane.pool,
+        )
+
+    def _merge_piece(
+        self,
+        piece: Piece,
+        job: Job,
+        inputs: list[torch.Tensor],
+        states: Mapping[int, TensorState],
+        lane: Lane,
+        out_P: torch.Tensor,
+        warnings: list[str],
+    ) -> Figures:
+        """Merge one job of a piece into `out_P` and say what came out."""
+        import torch
+
+        name, settings = self.context.settings[job.settings]
+        if name == "copy":
+            out_P.copy_(inputs[job.models[0]])
+            return Figures(0.0, 0)
+        if hides_nonfinite(METHODS[name], settings):
+            self._check_inputs(piece, job, inputs, warnings)
+        merging = self._slice(piece, job, inputs, lane)
+        state = TensorState() if job.state is None else states[job.state]
+        if piece.is_whole:
+            state = prepare_slices([merging], state)
+        sum_squares, num_nonfinite = 0.0, 0
+        for at, merged_P in merging.merged_blocks(state):
+            out_P[at : at + merged_P.numel()].copy_(merged_P)
+            squares = float(torch.dot(merged_P, merged_P))
+            if squares - squares != 0:  # NaN or infinity: in the block, or in the sum alone
+                found = count_nonfinite(merged_P)
+                if found and num_nonfinite == 0:
+                    self._check_inputs(piece, job, inputs, warnings)
+                num_nonfinite += found
+                finite_P = merged_P.double()
+                squares = float(finite_P.nan_to_num_(0, 0, 0).square().sum())
+            sum_squares += squares
+        return Figures(sum_squares, num_nonfinite)
+
+    def _write_piece(self, piece: Piece, job: Job, data: memoryview, figures: Figures) -> PieceReport:
+        first_byte = piece.begin * element_bytes(job.dtype)
+        self._files.write_from(job.file, job.offset + first_byte, data)
+        return PieceReport(
+            recipe=job.recipe,
+            tensor=job.tensor,
+            checksum=piece_checksum(data, first_byte, checksum_chunk_bytes(piece.shape, job.dtype)),
+            sum_squares=figures.sum_squares,
+            num_nonfinite=figures.num_nonfinite,
+        )
+
+    def _check_inputs(self, piece: Piece, job: Job, inputs: list[torch.Tensor], warnings: list[str]) -> None:
+        """Name the inputs that hold NaN or infinity: an error, or a warning if they are allowed."""
+        for index in (*job.models, *(() if job.base is None else (job.base,))):
+            found = count_nonfinite(inputs[index])
+            if not found:
+                continue
+            read = piece.reads[index]
+            message = (
+                f"tensor {read.tensor} of model {read.model} holds {found:,} NaN or infinite values in elements "
+                f"[{piece.begin:,}, {piece.end:,})"
+            )
+            if not self.context.allow_nan:
+                raise NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
+            if message not in warnings:
+                warnings.append(message)
