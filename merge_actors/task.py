@@ -32,12 +32,26 @@ class LowRankRead:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignRows:
+    """A tensor of another model that single rows are borrowed from; no file: rows of zeros."""
+
+    file: str = ""
+    offset: int = 0
+    """Offset in the file of the tensor's first element."""
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True, slots=True)
 class RowRun:
     """Rows [to, to + count) of a piece's tensor come from rows [source, source + count)."""
 
     to: int
     source: int
     count: int
+    foreign: ForeignRows | None = None
+    """Where the rows stand if not in the tensor that is read."""
+    is_replaced: bool = False
+    """The rows count for what missing rows are filled with, and are then filled themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
