@@ -279,8 +279,10 @@ def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
         for index, tensor in enumerate(recipe.tensors):
             key = (number, index)
             parent[key] = key
+            filled_from = _filled_from(tensor)
             for operand in _operands(tensor):
-                input_key = (operand.info.file, operand.info.begin, tensor.shape, tensor.method == "copy")
+                place = (operand.info.file, operand.info.begin)
+                input_key = (*place, tensor.shape, tensor.method == "copy", filled_from)
                 parent[root(by_input.setdefault(input_key, key))] = root(key)
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for key in parent:
@@ -290,6 +292,15 @@ def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
 
 def _operands(tensor: MergedTensor) -> tuple[Operand, ...]:
     return tensor.models if tensor.base is None else (tensor.base, *tensor.models)
+
+
+def _filled_from(tensor: MergedTensor) -> object:
+    """Return what decides the rows that a model lacks: only tensors that agree in it share their reads."""
+    operands = _operands(tensor)
+    if all(operand.row_runs is None for operand in operands):
+        return None
+    rows = frozenset((each.info.file, each.info.begin, each.row_runs) for each in operands)
+    return rows, tensor.base and (tensor.base.info.file, tensor.base.info.begin)
 
 
 def _disk_place(tensor: MergedTensor) -> tuple[str, int]:
@@ -326,6 +337,7 @@ def _read_of(operand: Operand) -> Read:
             rank=low_rank.rank,
             scale=low_rank.scale,
             is_transposed=low_rank.is_transposed,
+            num_rows=None if operand.row_runs is None else info.shape[0],
         ),
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.files import Files
 from raymerge.merge_actors.methods.block import unit_elements
-from raymerge.merge_actors.task import LowRankRead, Piece, Read
+from raymerge.merge_actors.task import LowRankRead, Piece, Read, RowRun
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
     Returns:
         Per piece its inputs, flat and in storage dtype: views of the arena.
     """
-    view = memoryview(arena_P.numpy())
+    view = arena_P.numpy().data
     wanted: list[tuple[str, int, int, int]] = []
     inputs: list[list[torch.Tensor]] = []
     at = 0
@@ -52,8 +52,10 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
         files.read_into(file, offset, view[to : to + num_bytes])
     for piece, of_piece in zip(pieces, inputs, strict=True):
         for i, read in enumerate(piece.reads):
+            if read.row_runs is not None:
+                _read_foreign_rows(of_piece[i], read, piece, files)
             if read.low_rank is not None:
-                of_piece[i] = _add_low_rank(of_piece[i], read.low_rank, piece, files)
+                of_piece[i] = _add_low_rank(of_piece[i], read, piece, files)
         if any(read.row_runs is not None for read in piece.reads):
             _fill_missing_rows(piece, of_piece)
     return inputs
@@ -67,50 +69,80 @@ def _ranges(read: Read, piece: Piece) -> list[tuple[int, int, int]]:
     """Return (first element in the file's tensor, elements, first element in the piece)."""
     if read.row_runs is None:
         return [(piece.begin, piece.num_elements, 0)] if piece.num_elements else []
-    columns = piece.shape[-1]
+    columns = _num_columns(piece)
+    return [
+        (source * columns, count * columns, to * columns)
+        for run, source, count, to in _runs(read, piece)
+        if run.foreign is None
+    ]
+
+
+def _num_columns(piece: Piece) -> int:
+    """Return the elements of a row: a bias over the vocabulary has one per row."""
+    return piece.shape[-1] if len(piece.shape) > 1 else 1
+
+
+def _runs(read: Read, piece: Piece) -> list[tuple[RowRun, int, int, int]]:
+    """Return the runs that reach into a piece: (run, first source row, rows, first row in the piece)."""
+    columns = _num_columns(piece)
     first_row, last_row = piece.begin // columns, piece.end // columns
-    ranges = []
-    for run in read.row_runs:
+    runs = []
+    for run in read.row_runs or ():
         begin, end = max(run.to, first_row), min(run.to + run.count, last_row)
         if begin < end:
-            source = run.source + begin - run.to
-            ranges.append((source * columns, (end - begin) * columns, (begin - first_row) * columns))
-    return ranges
+            runs.append((run, run.source + begin - run.to, end - begin, begin - first_row))
+    return runs
 
 
-def _present_rows(read: Read, piece: Piece) -> torch.Tensor:
-    """Return a bool per row of the piece: does the file have it?"""
+def _read_foreign_rows(input_P: torch.Tensor, read: Read, piece: Piece, files: Files) -> None:
+    """Put rows of zeros and rows borrowed from other models into an input, in its dtype."""
+    input_RD = input_P.view(-1, _num_columns(piece))
+    columns = input_RD.shape[1]
+    for run, source, count, to in _runs(read, piece):
+        if run.foreign is None:
+            continue
+        if not run.foreign.file:
+            input_RD[to : to + count] = 0
+            continue
+        offset = run.foreign.offset + source * columns * element_bytes(run.foreign.dtype)
+        rows_RD = _read_matrix(files, run.foreign.file, offset, run.foreign.dtype, count, columns)
+        input_RD[to : to + count] = rows_RD.to(input_P.dtype)
+
+
+def _mark_rows(read: Read, piece: Piece, *, replaced: bool) -> torch.Tensor:
+    """Return a bool per row of the piece: is it there, or, with `replaced`, there to be replaced."""
     import torch
 
-    columns = piece.shape[-1]
-    present_R = torch.zeros(piece.num_elements // columns, dtype=torch.bool)
-    for _, count, to in _ranges(read, piece):
-        present_R[to // columns : (to + count) // columns] = True
-    return present_R
+    num_rows = piece.num_elements // _num_columns(piece)
+    if read.row_runs is None:
+        return torch.full((num_rows,), not replaced)
+    marked_R = torch.zeros(num_rows, dtype=torch.bool)
+    for run, _, count, to in _runs(read, piece):
+        marked_R[to : to + count] = run.is_replaced or not replaced
+    return marked_R
 
 
 def _fill_missing_rows(piece: Piece, inputs: list[torch.Tensor]) -> None:
     """Give a row that a model lacks the base's row, else the mean over the models that have it."""
     import torch
 
-    columns = piece.shape[-1]
-    rows = [tensor.view(-1, columns) for tensor in inputs]
-    present = [_present_rows(read, piece) for read in piece.reads]
+    rows = [tensor.view(-1, _num_columns(piece)) for tensor in inputs]
+    present = [_mark_rows(read, piece, replaced=False) for read in piece.reads]
     base = piece.jobs[0].base
     num_present_R = torch.stack(present).sum(dim=0)
     total_RD = torch.zeros(rows[0].shape, dtype=torch.float32)
-    for tensor, has_R in zip(rows, present, strict=True):
-        total_RD[has_R] += tensor[has_R].float()
-    mean_RD = total_RD / num_present_R.clamp(min=1).unsqueeze(1)
-    for tensor, has_R in zip(rows, present, strict=True):
-        lacks_R = ~has_R
-        filled_RD = mean_RD
-        if base is not None:
-            filled_RD = torch.where(present[base].unsqueeze(1), rows[base].float(), mean_RD)
-        tensor[lacks_R] = filled_RD[lacks_R].to(tensor.dtype)
+    # In the order of the models' names, which is the same whatever the order in the recipe.
+    for i in sorted(range(len(rows)), key=lambda i: (piece.reads[i].model, piece.reads[i].tensor)):
+        total_RD[present[i]] += rows[i][present[i]].float()
+    filled_RD = total_RD / num_present_R.clamp(min=1).unsqueeze(1)
+    if base is not None:
+        filled_RD = torch.where(present[base].unsqueeze(1), rows[base].float(), filled_RD)
+    for tensor, has_R, read in zip(rows, present, piece.reads, strict=True):
+        fill_R = ~has_R | _mark_rows(read, piece, replaced=True)
+        tensor[fill_R] = filled_RD[fill_R].to(tensor.dtype)
 
 
-def _add_low_rank(weight_P: torch.Tensor, low_rank: LowRankRead, piece: Piece, files: Files) -> torch.Tensor:
+def _add_low_rank(weight_P: torch.Tensor, read: Read, piece: Piece, files: Files) -> torch.Tensor:
     """Return W + scale * B @ A for the piece's rows, in float32.
 
     The product is taken unit by unit: a matrix product's rounding may depend on the number of
@@ -118,20 +150,41 @@ def _add_low_rank(weight_P: torch.Tensor, low_rank: LowRankRead, piece: Piece, f
     """
     import torch
 
-    out_features, in_features = piece.shape if not low_rank.is_transposed else piece.shape[::-1]
+    low_rank = read.low_rank
+    assert low_rank is not None
+    columns = piece.shape[-1]
+    left_RK, right_KC = _low_rank_factors(low_rank, piece, files)
+    rows_a_unit = unit_elements(piece.shape, "rowwise") // columns
+    sum_RC = weight_P.view(-1, columns).to(torch.float32, copy=True)
+    if read.row_runs is None:
+        first_row = piece.begin // columns
+        left_RK = left_RK[first_row : first_row + len(sum_RC)]
+    else:
+        left_RK = _move_rows(left_RK, read, piece)
+    for row in range(0, len(sum_RC), rows_a_unit):
+        part_RK = left_RK[row : row + rows_a_unit]
+        sum_RC[row : row + rows_a_unit].add_(part_RK @ right_KC, alpha=low_rank.scale)
+    return sum_RC.view(-1)
+
+
+def _low_rank_factors(low_rank: LowRankRead, piece: Piece, files: Files) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors (rows of the model's tensor, rank) and (rank, columns)."""
+    shape = (low_rank.num_rows or piece.shape[0], piece.shape[1])
+    out_features, in_features = shape if not low_rank.is_transposed else shape[::-1]
     a_RI = _read_matrix(files, low_rank.a_file, low_rank.a_offset, low_rank.dtype, low_rank.rank, in_features)
     b_OR = _read_matrix(
         files, low_rank.b_file, low_rank.b_offset, low_rank.dtype, out_features, low_rank.rank
     )
-    left, right = (a_RI.T.contiguous(), b_OR.T) if low_rank.is_transposed else (b_OR, a_RI)
-    columns = piece.shape[-1]
-    rows_a_unit = unit_elements(piece.shape, "rowwise") // columns
-    sum_RC = weight_P.view(-1, columns).to(torch.float32, copy=True)
-    first_row = piece.begin // columns
-    for row in range(0, len(sum_RC), rows_a_unit):
-        part = left[first_row + row : first_row + min(row + rows_a_unit, len(sum_RC))]
-        sum_RC[row : row + rows_a_unit].add_(part @ right, alpha=low_rank.scale)
-    return sum_RC.view(-1)
+    return (a_RI.T.contiguous(), b_OR.T) if low_rank.is_transposed else (b_OR, a_RI)
+
+
+def _move_rows(left_RK: torch.Tensor, read: Read, piece: Piece) -> torch.Tensor:
+    """Move rows as `read.row_runs` says, zeros elsewhere."""
+    moved_RK = left_RK.new_zeros(piece.num_elements // piece.shape[-1], left_RK.shape[1])
+    for run, source, count, to in _runs(read, piece):
+        if run.foreign is None:
+            moved_RK[to : to + count] = left_RK[source : source + count]
+    return moved_RK
 
 
 def _read_matrix(
@@ -141,5 +194,5 @@ def _read_matrix(
     import torch
 
     raw = torch.empty(num_rows * num_columns * element_bytes(dtype), dtype=torch.uint8)
-    files.read_into(file, offset, memoryview(raw.numpy()))
+    files.read_into(file, offset, raw.numpy().data)
     return raw.view(torch_dtype(dtype)).view(num_rows, num_columns).float()

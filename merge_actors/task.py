@@ -29,6 +29,8 @@ class LowRankRead:
     scale: float
     is_transposed: bool
     """The weight is stored (in, out), as GPT-2's Conv1D does: add (B @ A) transposed."""
+    num_rows: int | None = None
+    """Rows of the model's tensor where its vocabulary differs from the output's."""
 
 
 @dataclass(frozen=True, slots=True)
