@@ -104,7 +104,7 @@ def _download(path: str, revision: str | None, patterns: list[str]) -> str:
             f"model {named} is neither a local folder{near_by} nor in the Hub's cache "
             f"({constants.HF_HUB_CACHE}), and {reason}: download it on another machine or mend the path."
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"cannot download model {named} from the Hub: {reason}; try again, or give a local folder."

@@ -89,6 +89,10 @@ def _convert_all(paths: tuple[str, ...], target: str) -> None:
 
 def _convert(source: str, destination: str) -> None:
     tensors = _load(source)
+    outputs = {
+        name: OutputTensor(name, _dtype(name, tensor, source), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     # An embedding comes before its output layer in state dicts, and so keeps the name.
@@ -97,32 +101,27 @@ def _convert(source: str, destination: str) -> None:
         kept = first.setdefault((*view, tensor.dtype), name) if tensor.numel() else name
         if kept != name:
             tied[name] = kept
-    kept_tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
     metadata = {"format": "pt"} | ({TIED_KEY: json.dumps(tied)} if tied else {})
-    outputs = [
-        OutputTensor(name, _dtype(name, tensor, source), tuple(tensor.shape))
-        for name, tensor in kept_tensors.items()
-    ]
-    header, places = write_header(outputs, metadata)
+    kept_outputs = [output for name, output in outputs.items() if name not in tied]
+    header, places = write_header(kept_outputs, metadata)
     with open(destination, "wb") as stream:
         stream.write(header)
         for name in places:
-            stream.write(_as_bytes(kept_tensors[name]))
+            stream.write(_as_bytes(tensors[name]))
     status = os.stat(source)
     os.utime(destination, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _load(source: str) -> dict[str, torch.Tensor]:
-    import pickle
-
     import torch
 
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # corrupt bytes make the unpickler raise whatever they make it do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"torch refuses to load {source} with weights_only: {str(error).splitlines()[0]} "
+            f"torch refuses to load {source} with weights_only: {reason} "
             "Convert it to safetensors with the program that wrote it."
         ) from error
     if not isinstance(loaded, dict):
