@@ -95,13 +95,15 @@ def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
         model = parse_model(inner)
     else:
         model = ModelRef(path=_text(value["path"], "path"))
+    lora = value.get("lora", value.get("adapter"))
+    adapter = model.adapter if lora is None else parse_model(lora)
+    if adapter and (adapter.adapter or (model.adapter and lora is not None)):
+        raise ValueError("names more than one adapter; a model takes one")
     revision = model.revision
     if value.get("revision") is not None:
         revision = _text(value["revision"], "revision")
-    adapter = model.adapter
-    lora = value.get("lora", value.get("adapter"))
-    if lora is not None:
-        adapter = parse_model(lora)
+        if model.revision not in (None, revision):
+            raise ValueError(f"names the revisions {model.revision!r} and {revision!r}; keep one")
     return ModelRef(path=model.path, revision=revision, adapter=adapter)
 
 

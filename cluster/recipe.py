@@ -20,7 +20,7 @@ from raymerge.cluster.origin import Origin
 from raymerge.cluster.tokenizer_policy import TokenizerPolicy
 
 #: A number, a switch, a name, a gradient over the layers, or the mapping of a sparsifier.
-SettingValue = float | int | bool | str | tuple[float, ...] | Mapping[str, Any]
+SettingValue = float | int | bool | str | tuple[float | str, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,8 @@ class Conditional:
     """A value, and the tensors that it is for."""
 
     value: SettingValue
-    """A tuple is a gradient: interpolated linearly over the layers of the slice."""
+    """A tuple is a gradient over the layers of the slice: floats are interpolated linearly, of n
+    switches or names the one at floor(t (n - 1)) is taken."""
     filter: str | None = None
     """Substring of the tensor's name; None matches every tensor."""
 

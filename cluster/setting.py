@@ -1,6 +1,6 @@
 """Turn a value of a recipe into a `Setting`, checked against the rule of its parameter.
 
-A setting is a number, a list of numbers (a gradient), or a list of {value, filter}.
+A setting is a value, a list of values (a gradient), or a list of {value, filter}.
 Booleans count as 1 and 0; texts such as "1e-10" count as numbers where a number is due,
 because YAML reads them as texts.
 """
@@ -61,15 +61,17 @@ def _read_conditional(
 
 
 def read_value(raw: Any, parameter: Parameter, origin: Origin, key: str) -> SettingValue:
-    """Read one value of a parameter: a number, switch or name, or a gradient of numbers."""
+    """Read one value of a parameter, or a list of them over the layers.
+
+    Numbers of a list are interpolated; switches and names each serve a part of the layers.
+    """
     if not isinstance(raw, list):
         return _read_scalar(raw, parameter, origin, key)
-    if parameter.kind is not float:
-        raise origin.error(key, f"is a list; {parameter.name} takes one value, not a gradient.")
+    if parameter.kind is int:
+        raise origin.error(key, f"is a list; {parameter.name} takes one whole number, not a gradient.")
     if not raw:
-        raise origin.error(key, "is an empty list; a gradient needs at least one number.")
-    points = [_read_scalar(each, parameter, origin, f"{key}[{i}]") for i, each in enumerate(raw)]
-    return tuple(float(point) for point in points)
+        raise origin.error(key, "is an empty list; a gradient needs at least one value.")
+    return tuple(_read_scalar(each, parameter, origin, f"{key}[{i}]") for i, each in enumerate(raw))
 
 
 def _read_scalar(raw: Any, parameter: Parameter, origin: Origin, key: str) -> float | int | bool | str:
@@ -169,11 +171,11 @@ def _density_for_drop(
     drop = read_value(given.pop("drop"), rule, origin, join(key, "drop"))
     if isinstance(drop, tuple):
         return given | {"density": [_complement(each) for each in drop]}
-    assert isinstance(drop, float)
     return given | {"density": _complement(drop)}
 
 
-def _complement(drop: float) -> float:
+def _complement(drop: object) -> float:
+    assert isinstance(drop, float)
     # 1 - 0.9 is 0.09999999999999998 in binary; the file's author means 0.1.
     return float(f"{1 - drop:.15g}")
 

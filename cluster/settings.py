@@ -212,11 +212,13 @@ def _first_value(name: str, levels: Sequence[Level], tensor_name: str) -> Any:
 
 
 def _at(value: Any, layer_t: float) -> Any:
-    """Return a value at a place: a gradient is interpolated linearly between its points."""
+    """Return a value at a place: numbers are interpolated between their points, others picked."""
     if not isinstance(value, tuple):
         return value
     scaled = layer_t * (len(value) - 1)
     left = min(int(scaled), len(value) - 1)
+    if not isinstance(value[left], float):
+        return value[left]
     right = min(left + 1, len(value) - 1)
     fraction = scaled - left
     return value[left] if fraction == 0 else (1 - fraction) * value[left] + fraction * value[right]

@@ -48,6 +48,9 @@ def test_the_key_is_the_canonical_text() -> None:
         (3, "must be a model: a path, a Hub id, or a mapping"),
         ({"model": "a", "path": "b"}, "must name its model by exactly one of 'model' and 'path'"),
         ({"path": "a", "rev": "b"}, "holds the unknown key 'rev'"),
+        ({"model": "a@1", "revision": "2"}, "names the revisions '1' and '2'; keep one"),
+        ({"model": "a+l", "lora": "m"}, "names more than one adapter; a model takes one"),
+        ({"model": "a", "lora": "l+m"}, "names more than one adapter; a model takes one"),
         ({"path": ""}, "has path ''; it must be a text"),
     ],
 )

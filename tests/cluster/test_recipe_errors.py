@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raymerge.cluster.recipe import load_recipes
 from raymerge.merge_actors.errors import RecipeError
@@ -85,10 +89,13 @@ ERRORS = {
         "m.yaml:4: key parameters.weight is null; it must be a number."
     ),
     f"{HEAD}models: [a]\nparameters: {{weight: []}}\n": (
-        "m.yaml:4: key parameters.weight is an empty list; a gradient needs at least one number."
+        "m.yaml:4: key parameters.weight is an empty list; a gradient needs at least one value."
     ),
-    f"{HEAD}models: [a]\nparameters: {{normalize: [0, 1]}}\n": (
-        "m.yaml:4: key parameters.normalize is a list; normalize takes one value, not a gradient."
+    f"{HEAD}models: [a]\nparameters: {{normalize: [0, 2]}}\n": (
+        "m.yaml:4: key parameters.normalize[1] is 2; it must be true or false."
+    ),
+    "merge_method: multislerp\nmodels: [a, b]\nparameters: {weight: 1, max_iter: [1, 2]}\n": (
+        "m.yaml:3: key parameters.max_iter is a list; max_iter takes one whole number, not a gradient."
     ),
     f"{HEAD}models: [a]\nparameters: {{normalize: 2}}\n": (
         "m.yaml:4: key parameters.normalize is 2; it must be true or false."
@@ -252,6 +259,67 @@ def test_harmless_keys_of_other_tools_are_noted_once_and_never_an_error() -> Non
 def test_strict_counts_what_else_is_wrong() -> None:
     with pytest.raises(RecipeError, match=r"key foo is unknown and has no effect\. \(and 1 more\)"):
         load_recipes(f"{LINEAR}foo: 1\nbar: 2\n", strict=True)
+
+
+WHOLE = """
+name: x
+merge_method: ties
+base_model: {model: {path: base, revision: r}, lora: l}
+modules:
+  text:
+    parameters: {weight: [{filter: mlp, value: 0.5}, {value: [0, 1]}]}
+    slices:
+      - sources:
+          - {model: {path: a}, layer_range: [0, 2], parameters: {sparsify: {method: dare, drop: 0.5}}}
+          - {model: b, layer_range: [0, 2]}
+        base_model: c
+dtype: bfloat16
+tokenizer:
+  source: union
+  tokens: {<s>: {source: {kind: model_token, model: a, token_id: 1}, force: true}}
+  pad_to_multiple_of: 8
+chat_template: auto
+missing: base
+vocabulary: union
+gradient_tail: last
+seed: 3
+"""
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.floats()
+    | st.sampled_from(["", "a@b@c", "model", "1e9999"])
+)
+VALUES = (
+    LEAVES
+    | st.lists(LEAVES, max_size=2)
+    | st.dictionaries(st.sampled_from(["model", "value", "x"]), LEAVES, max_size=2)
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Return every (container, key) of a nested value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    return [(value, key) for key in keys] + [each for key in keys for each in places(value[key])]
+
+
+def test_the_recipe_that_is_broken_below_is_sound() -> None:
+    assert load_recipes(WHOLE, strict=True)[1] == []
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_at_any_place_is_read_or_refused_with_a_sentence(data: st.DataObject) -> None:
+    raw = yaml.safe_load(WHOLE)
+    container, key = data.draw(st.sampled_from(places(raw)))
+    container[key] = data.draw(VALUES)
+    try:
+        (recipe,), _ = load_recipes(raw)
+    except RecipeError as error:
+        assert str(error).startswith("recipe: ") and str(error).endswith(".")
+    else:
+        assert load_recipes(recipe.to_yaml())[0] == [recipe]
 
 
 def test_an_absent_file() -> None:

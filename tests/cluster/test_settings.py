@@ -109,6 +109,13 @@ def test_gradients_are_interpolated_between_their_points(small_registry: Registr
     assert settings_of(recipe, small_registry, "x", 0.4).models[0]["density"] == 0.5
 
 
+def test_switches_and_names_over_the_layers_are_picked(small_registry: Registry) -> None:
+    recipe = ties(parameters={"weight": 1, "normalize": [True, False, True], "trim": ["tensor", "model"]})
+    found = [settings_of(recipe, small_registry, "x", t).shared for t in (0, 0.4, 0.5, 0.9, 1)]
+    assert [each["normalize"] for each in found] == [True, True, False, False, True]
+    assert [each["trim"] for each in found] == ["tensor"] * 4 + ["model"]
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
 def test_a_gradient_stays_between_its_points(small_registry: Registry, points: list[float], t: float) -> None:
