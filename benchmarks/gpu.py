@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from comparison import Differences, compare, ulps
 from floor import evict, floor_seconds, weight_files
-from kept_file import WORK, Report, Spread, add_results_option
+from kept_file import Report, Spread, add_folder_options
 from make_models import make_models
 from method_examples import example, make_tensors
 from model_shapes import LLAMA_SHAPES
@@ -43,11 +43,10 @@ def main() -> None:
     """Parse the options, check, measure, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=LLAMA_SHAPES, default="1.1b", help="of the whole merge")
-    parser.add_argument("--models", type=Path, help="folder of the models (default: .bench/models/SHAPE)")
     parser.add_argument("--mebi-elements", type=int, default=256, help="of the tensors that methods run on")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1, help="of the whole merge")
-    add_results_option(parser)
+    add_folder_options(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu.py needs a CUDA device, and torch sees none.", file=sys.stderr)
@@ -150,9 +149,8 @@ def _rate(action: Callable[[], object], moved_bytes: int, runs: int) -> Spread:
 
 def _whole_merges(report: Report, options: argparse.Namespace) -> list[str]:
     """Merge files on both devices; compare the outputs, and the times with PCIe and storage."""
-    folder = options.models or WORK / "models" / options.shape
-    base, fine_tunes = make_models(folder, LLAMA_SHAPES[options.shape])
-    out = WORK / "out"
+    base, fine_tunes = make_models(options.work / "models" / options.shape, LLAMA_SHAPES[options.shape])
+    out = options.work / "out"
     out.mkdir(parents=True, exist_ok=True)
     pcie = _pcie(options.runs)
     report.text("## Whole merges\n\nIn process, no Ray. GB/s of inputs and output.")

@@ -92,9 +92,10 @@ class Report:
         return path
 
 
-def add_results_option(parser: argparse.ArgumentParser) -> None:
-    """Add --results, the folder of the kept files."""
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Add --results, the folder of the kept files, and --work, that of models and outputs."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the kept files")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of models and outputs")
 
 
 def environment() -> dict[str, Any]:

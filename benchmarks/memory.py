@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from kept_file import WORK, Report, add_results_option
+from kept_file import Report, add_folder_options
 from make_models import make_models
 from model_shapes import LLAMA_SHAPES
 from ours import raymerge_merge
@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "dare_linear", "ties"])
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    add_results_option(parser)
+    add_folder_options(parser)
     options = parser.parse_args()
     report = Report(
         "memory",
@@ -50,10 +50,10 @@ def main() -> None:
         sizes = LLAMA_SHAPES[shape].tensors()
         num_parameters = sum(tensor.num_elements for tensor in sizes)
         largest_mib = max(tensor.num_bytes for tensor in sizes) >> 20
-        base, fine_tunes = make_models(options.models / shape, LLAMA_SHAPES[shape])
+        base, fine_tunes = make_models(options.work / "models" / shape, LLAMA_SHAPES[shape])
         for method in options.methods:
-            recipe = write_recipe(WORK / "out" / f"{method}.yaml", method, base, fine_tunes)
-            out = WORK / "out" / "memory"
+            recipe = write_recipe(options.work / "out" / f"{method}.yaml", method, base, fine_tunes)
+            out = recipe.with_suffix("")
             shutil.rmtree(out, ignore_errors=True)
             done = raymerge_merge(recipe, out, options.workers)
             actors = [peak for peak in done.peaks if peak.role == "actor"]
@@ -69,7 +69,7 @@ def main() -> None:
                 "driver_bytes": driver,
                 "seconds": done.seconds,
             }
-    shutil.rmtree(WORK / "out")
+    shutil.rmtree(options.work / "out")
     report.text(
         f"Promised: an actor stays under {_MAX_GIB} GiB at the default slice size, and needs no more for a "
         "model three times the size. MiB, the greatest of all actors; `private` is without the pages of "

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from kept_file import Report, Spread, add_results_option
+from kept_file import Report, Spread, add_folder_options
 from method_examples import example, make_tensors
 
 from raymerge.merge_actors.methods import METHODS
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1, help="of torch; a merge actor uses one per core")
-    add_results_option(parser)
+    add_folder_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tensors = make_tensors((options.rows, 4096), torch.device("cpu"))

@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from kept_file import WORK, Report, Spread, add_results_option
+from kept_file import Report, Spread, add_folder_options
 from make_models import write_small_files
 from model_shapes import MoeShape
 from processes import run
@@ -61,13 +61,13 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256, help="per layer; fewer for a quick trial")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=WORK / "plan_scale", help="where the sparse files go")
-    add_results_option(parser)
+    add_folder_options(parser)
     options = parser.parse_args()
     shape = MoeShape(num_experts=options.experts)
     num_tensors = len(shape.tensors())
-    shutil.rmtree(options.work, ignore_errors=True)
-    models = [options.work / name for name in ("base", "one", "two", "three")]
+    folder = options.work / "plan_scale"
+    shutil.rmtree(folder, ignore_errors=True)
+    models = [folder / name for name in ("base", "one", "two", "three")]
     num_files = sum(make_sparse_model(model, shape) for model in models) // len(models)
     report = Report(
         "plan_scale",
@@ -83,7 +83,7 @@ def main() -> None:
     )
     rows = []
     for method in options.methods:
-        recipe = write_recipe(options.work / f"{method}.yaml", method, models[0], models[1:])
+        recipe = write_recipe(folder / f"{method}.yaml", method, models[0], models[1:])
         done = [run([sys.executable, "-c", _PLAN, os.fspath(recipe)]) for _ in range(options.runs)]
         plans = [json.loads(each.stdout) for each in done]
         peak_gib = max(plan["peak_bytes"] for plan in plans) / 2**30
@@ -92,7 +92,7 @@ def main() -> None:
         imported = [name for name in ("torch", "ray") if any(plan[f"imports_{name}"] for plan in plans)]
         rows.append((method, seconds, process, f"{peak_gib:.2f}", ", ".join(imported) or "neither"))
         report.data[method] = {"plan": seconds, "process": process, "peak_gib": peak_gib, "runs": plans}
-    shutil.rmtree(options.work)
+    shutil.rmtree(folder)
     report.text(
         f"Promised: under {_MAX_SECONDS:g} s and {_MAX_GIB:g} GiB. Seconds, least / median / greatest."
     )

@@ -3,9 +3,10 @@
     python benchmarks/versus_peer.py
 
 Per method, in this order: the floor; `raymerge merge` as a whole process that starts its own Ray;
-the same on a running local cluster; the peer, once. Page cache warm for all: the floor reads the
-inputs first, and both programs have merged tiny models before. Before every timed run the output
-of the one before is deleted and dirty pages are written back. Outputs are then compared.
+the same on a running local cluster; `raymerge.merge` in a warm process; the peer, once. Page
+cache warm for all: the floor reads the inputs first, and both programs have merged tiny models
+before. Before every timed run the output of the one before is deleted and dirty pages are written
+back. Outputs are then compared.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pathlib import Path
 
 from comparison import compare, dare_statistics
 from floor import floor_seconds
-from kept_file import WORK, add_results_option
+from kept_file import add_folder_options
 from local_cluster import LocalCluster, local_cluster
 from make_models import make_models
 from model_shapes import LLAMA_SHAPES
-from ours import raymerge_merge
+from ours import merge_in_process, raymerge_merge
 from peer import peer_merge, peer_python
 from processes import Run
 from recipes import DENSITIES, PEER_METHODS, inputs, write_recipe
@@ -34,7 +35,6 @@ def main() -> None:
     """Parse the options, measure, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=LLAMA_SHAPES, default="1.1b")
-    parser.add_argument("--models", type=Path, help="folder of the models (default: .bench/models/SHAPE)")
     parser.add_argument("--methods", nargs="+", choices=PEER_METHODS, default=list(PEER_METHODS))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -42,13 +42,13 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has mergekit 0.1.5")
     parser.add_argument("--no-peer", action="store_true", help="measure raymerge and the floor only")
-    add_results_option(parser)
+    add_folder_options(parser)
     options = parser.parse_args()
     python = None if options.no_peer else peer_python(options.peer_python)
-    models = options.models or WORK / "models" / options.shape
-    base, fine_tunes = make_models(models, LLAMA_SHAPES[options.shape])
-    out = WORK / "out"
-    _warm_up(python, out, options.workers)
+    models = options.work / "models"
+    base, fine_tunes = make_models(models / options.shape, LLAMA_SHAPES[options.shape])
+    out = options.work / "out"
+    _warm_up(python, models / "tiny", out, options.workers)
     results: dict[str, MethodResult] = {}
     with local_cluster(options.workers) as cluster:
         for method in options.methods:
@@ -58,9 +58,9 @@ def main() -> None:
     report_on(results, python, options).write(options.results)
 
 
-def _warm_up(python: Path | None, out: Path, workers: int) -> None:
+def _warm_up(python: Path | None, models: Path, out: Path, workers: int) -> None:
     """Merge tiny models once with each program, so that its code is in the page cache."""
-    base, fine_tunes = make_models(WORK / "models" / "tiny", LLAMA_SHAPES["tiny"])
+    base, fine_tunes = make_models(models, LLAMA_SHAPES["tiny"])
     recipe = write_recipe(out / "tiny.yaml", "linear", base, fine_tunes)
     raymerge_merge(recipe, _cleared(out / "tiny"), workers)
     if python:
@@ -84,6 +84,9 @@ def _measure(
         for _ in range(options.runs):
             runs.append(raymerge_merge(recipe, _cleared(ours), options.workers, place))
             _remark(method, "raymerge on a cluster" if place else "raymerge", runs[-1])
+    for _ in range(options.runs):
+        result.in_process.append(merge_in_process(recipe, _cleared(ours), options.workers))
+        _remark(method, "raymerge in process", result.in_process[-1])
     if python:
         result.peer = peer_merge(python, recipe, _cleared(theirs))
         _remark(method, "mergekit", result.peer)

@@ -213,3 +213,50 @@ def test_methods_are_all_timed(tmp_path: Path) -> None:
     assert results.keys() == {"copy", *METHODS}
     assert all(result["min"] > 0 for result in results.values())
     assert all(f"| {name} |" in page for name in METHODS)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_versus_peer_measures_all_ways_to_run(tmp_path: Path) -> None:
+    options = ("--shape", "tiny", "--runs", "1", "--no-peer", "--methods", "ties", "slerp")
+    done = run("versus_peer.py", *options, "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    page, results = kept(tmp_path, "versus_peer")
+    assert list(results) == ["ties", "slerp"]
+    for result in results.values():
+        assert result["peer"] is None
+        for way in ("whole_process", "on_cluster", "in_process"):
+            (measured,) = result[way]
+            roles = [peak["role"] for peak in measured["peaks"]]
+            assert measured["seconds"] > 0
+            assert roles.count("driver") == 1
+            assert ("actor" in roles) == (way != "in_process")
+    assert str(tmp_path) not in page
+    assert not (tmp_path / "work" / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_memory_is_kept_per_shape_and_method(tmp_path: Path) -> None:
+    options = ("--shapes", "tiny", "small", "--methods", "linear", "--workers", "1")
+    done = run("memory.py", *options, "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    _, results = kept(tmp_path, "memory")
+    assert list(results) == ["tiny linear", "small linear"]
+    for result in results.values():
+        (actor,) = result["actor_bytes"]
+        assert 100 << 20 < actor < 1.5 * 2**30
+
+
+@pytest.mark.slow
+def test_planning_is_kept_with_peak_and_without_torch(tmp_path: Path) -> None:
+    options = ("--experts", "2", "--runs", "1", "--results", tmp_path, "--work", tmp_path / "work")
+    done = run("plan_scale.py", *options)
+    assert done.returncode == 0, done.stderr
+    _, results = kept(tmp_path, "plan_scale")
+    assert list(results) == ["task_arithmetic", "ties"]
+    for result in results.values():
+        (plan,) = result["runs"]
+        assert 0 < plan["seconds"] < result["process"]["max"]
+        assert not plan["imports_torch"]
+        assert not plan["imports_ray"]
