@@ -12,7 +12,6 @@ import argparse
 import os
 import shutil
 import sys
-from pathlib import Path
 
 from kept_file import Report, add_folder_options
 from make_models import make_models
@@ -28,9 +27,6 @@ def main() -> None:
     """Parse the options, measure, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=LLAMA_SHAPES, default=["1.1b", "3.4b"])
-    parser.add_argument(
-        "--models", type=Path, default=WORK / "models", help="one folder per shape is in here"
-    )
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "dare_linear", "ties"])
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     add_folder_options(parser)
