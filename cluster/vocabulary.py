@@ -11,12 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.tokenizer_policy import TokenizerPolicy
+from raymerge.cluster.tokenizer_tokens import has_tokenizer, tokenizer_folder
 from raymerge.cluster.vocabulary_rows import (
     BorrowedRow,
     ModelRows,
+    coalesce,
     find_counterpart,
     is_vocabulary_tensor,
+    require_rows,
 )
+from raymerge.cluster.vocabulary_tokens import plan_tokens
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.task import ForeignRows, RowRun
@@ -78,8 +84,8 @@ class Vocabulary:
             has = f"of shape {list(found.shape)}" if found else "absent"
             raise MismatchError(
                 f"row {row.source} of tensor {info.name} of model {row.model} cannot be used for row "
-                f"{row.to} of {model_key}: there the tensor is {has}, here {list(info.shape)}; name another source "
-                "for the token"
+                f"{row.to} of {model_key}: there the tensor is {has}, here {list(info.shape)}; name another "
+                "source for the token"
             )
         if model.adapter is not None and found.name in model.adapter.pairs:
             raise MismatchError(
@@ -88,3 +94,81 @@ class Vocabulary:
                 "the adapter into it first"
             )
         return ForeignRows(found.file, found.begin, found.dtype)
+
+
+def plan_vocabulary(recipe: Recipe, models: Mapping[str, LoadedModel]) -> Vocabulary | None:
+    """Plan the vocabulary that a recipe asks for.
+
+    Args:
+        recipe: its `tokenizer` or `vocabulary` says what is wanted.
+        models: by `ModelRef.key`; all models of the recipe, its donor, and those that
+            `recipe.tokenizer` names.
+
+    Returns:
+        None if the recipe asks for nothing: then all vocabularies have to agree.
+
+    Raises:
+        RecipeError: the wishes contradict each other or name a token that is nowhere.
+        MismatchError: a model has no embedding.
+        CheckpointError: a tokenizer is absent or cannot be read.
+    """
+    policy = recipe.tokenizer
+    if recipe.vocabulary in ("pad", "truncate"):
+        if policy is not None:
+            raise recipe.origin.error(
+                "vocabulary",
+                f"is {recipe.vocabulary}, which counts rows, but 'tokenizer' asks for tokens; keep one.",
+            )
+        return _plan_by_row(recipe, models)
+    if policy is None and recipe.vocabulary is None:
+        return None
+    if policy is None:
+        policy = TokenizerPolicy(source="base" if recipe.vocabulary == "base" else "union")
+    elif recipe.vocabulary not in (None, policy.source):
+        raise recipe.origin.error(
+            "vocabulary",
+            f"is {recipe.vocabulary}, but the source of 'tokenizer' is {policy.source}; keep one.",
+        )
+    plan = plan_tokens(recipe, policy, models)
+    is_changed = bool(plan.added)
+    return Vocabulary(
+        num_rows=plan.num_rows,
+        rows=plan.rows,
+        models=models,
+        tokenizer_model=plan.tokenizer_model,
+        token_ids=plan.token_ids if is_changed else None,
+        added=plan.added,
+        remarks=plan.remarks,
+    )
+
+
+def _plan_by_row(recipe: Recipe, models: Mapping[str, LoadedModel]) -> Vocabulary:
+    """Plan the policies "pad" and "truncate": a row is the same token in every model."""
+    counts = {ref.key: require_rows(models[ref.key]) for ref in recipe.all_models()}
+    num_rows = max(counts.values()) if recipe.vocabulary == "pad" else min(counts.values())
+    fitting = [key for key, count in counts.items() if count == num_rows]
+    donor = recipe.donor.key
+    chosen = next(
+        (key for key in [donor, *fitting] if key in fitting and has_tokenizer(tokenizer_folder(models[key]))),
+        donor,
+    )
+    remarks = [f"vocabulary of {num_rows:,} rows"]
+    for key, count in counts.items():
+        if count < num_rows:
+            remarks.append(
+                f"rows [{count:,}, {num_rows:,}) of {key} are filled from the models that have them"
+            )
+        elif count > num_rows:
+            remarks.append(f"rows [{num_rows:,}, {count:,}) of {key} are left out")
+    if chosen != donor:
+        remarks.append(f"the tokenizer is that of {chosen}, which has as many rows")
+    return Vocabulary(
+        num_rows=num_rows,
+        rows={
+            key: ModelRows(count, coalesce((row, row) for row in range(min(count, num_rows))))
+            for key, count in counts.items()
+        },
+        models=models,
+        tokenizer_model=chosen,
+        remarks=tuple(remarks),
+    )

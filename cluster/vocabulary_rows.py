@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from raymerge.cluster.layers import split_layer
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float
+from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.task import RowRun
 
 if TYPE_CHECKING:
@@ -85,6 +86,21 @@ def num_rows_of(model: LoadedModel) -> int | None:
         info for info in matrices if "emb" in info.name or "wte" in info.name or "shared" in info.name
     ]
     return max(embeddings or matrices, key=lambda info: info.shape[0]).shape[0] if matrices else None
+
+
+def require_rows(model: LoadedModel) -> int:
+    """Return the rows of a model's embeddings.
+
+    Raises:
+        MismatchError: it has none.
+    """
+    num_rows = num_rows_of(model)
+    if num_rows is None:
+        raise MismatchError(
+            f"model {model.key} has no tensor with a row per token (embed_tokens, lm_head, ...), "
+            "so there is no vocabulary to change; remove 'tokenizer' and 'vocabulary' from the recipe"
+        )
+    return num_rows
 
 
 def stated_vocab_size(config: Mapping[str, object]) -> int | None:
