@@ -3,11 +3,11 @@
 The question: which elements are the k largest by magnitude, ties broken by the lower element
 index? A sort would need the tensor; this needs two looks at each slice:
 
-    1. a strided sample of the magnitudes (one element in 61) brackets the k-th largest one:
+    1. a strided sample of the magnitudes (one element in 251) brackets the k-th largest one:
        its rank in the sample is known to a few sigma;
-    2. every unit reports how many elements lie above the bracket, how many equal the few values
-       that the sample saw often (deltas of bf16 weights are lumpy), and the other values inside
-       the bracket, about one percent.
+    2. every unit reports how many elements lie above the bracket, how many equal its ends if the
+       sample saw them often (deltas of bf16 weights are lumpy), and the other values inside the
+       bracket, about one percent.
 
 From the second the threshold is exact, as is the unit in which the quota of equals runs out. If
 the rank fell outside the bracket, or if too many values lie inside it, histograms narrow it
@@ -38,16 +38,16 @@ Values = Callable[..., "torch.Tensor"]
 #: Bit patterns, unsigned, as wide as the floats they come from.
 Patterns = NDArray[Any]
 
-#: One element in so many is sampled; odd, so that no power of two hides columns from the sample.
-_STRIDE = 61
-#: Tensors of fewer elements than this are sampled whole.
-_SMALL = 1 << 13
-#: Elements of a sample at most, over all slices (a whole model can be measured at once).
+#: One element in so many is sampled, ...
+_STRIDE = 251
+#: ... but this many at least (smaller tensors whole) ...
+_SMALLEST_SAMPLE = 1 << 14
+#: ... and at most, over all slices: a whole model can be measured at once.
 _LARGEST_SAMPLE = 1 << 20
 #: Half the width of the bracket, in standard deviations of the rank within the sample.
 _SIGMAS = 5.0
-#: A value is a lump if the sample's bracket holds it so often.
-_LUMP = 16
+#: An end of the bracket is a lump, counted and not collected, if it is this share of the sample.
+_LUMP = 1 / 512
 #: Above this number of expected values inside the bracket, histograms narrow it first.
 _MOST_COLLECTED = 1 << 22
 _HISTOGRAM_BITS = 12
@@ -74,7 +74,7 @@ class Question:
     low: int
     high: int
     lumps: tuple[int, ...] = ()
-    """Patterns of the range, ascending, that are counted and not collected."""
+    """Ends of the range that are counted and not collected."""
     shift: int | None = None
     """Ask for a histogram of (pattern - low) >> shift instead of the patterns."""
 
@@ -121,7 +121,8 @@ def find_cuts(
     found: dict[int, Cut] = {0: Cut(math.inf, keeps_none=True)}
     wanted = sorted(set(ranks) - {0})
     if wanted:
-        stride = 1 if num_elements < _SMALL else max(_STRIDE, num_elements // _LARGEST_SAMPLE | 1)
+        size = min(max(num_elements // _STRIDE, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
+        stride = num_elements // size | 1  # odd, so that no power of two hides columns from the sample
         parts = yield Measure(
             collect=collect_sample, arguments=of | {"stride": stride, "is_pointwise": is_pointwise}
         )
@@ -218,7 +219,6 @@ def _answer_on_cpu(patterns_P: torch.Tensor, unit: int, question: Question) -> A
     unsigned = patterns.view(np.uint64 if patterns.itemsize == 8 else np.uint32)
     integer = unsigned.dtype.type
     low, high = _without_lumps(question)
-    is_open = question.shift is None
     num_above = int(np.count_nonzero(unsigned > integer(question.high)))
     counts, lengths, inside = [], [], []
     for begin in range(0, len(unsigned), unit):
@@ -227,8 +227,6 @@ def _answer_on_cpu(patterns_P: torch.Tensor, unit: int, question: Question) -> A
         found = piece[:0]
         if low <= high:
             found = piece[np.flatnonzero(piece - integer(low) <= integer(high - low))]
-            if is_open and any(low < lump < high for lump in question.lumps):
-                found = found[~np.isin(found, np.array(question.lumps, found.dtype))]
         lengths.append(len(found))
         inside.append(found)
     joined = np.concatenate(inside) if inside else unsigned[:0].copy()
@@ -250,24 +248,14 @@ def _answer_on_device(patterns_P: torch.Tensor, unit: int, question: Question) -
     low, high = _without_lumps(question)
     num_above = int((patterns_P > question.high).sum())
     columns = [per_unit(where(patterns_P == lump)) for lump in question.lumps]
-    mask_P = (patterns_P >= low) & (patterns_P <= high)
-    if question.shift is None:
-        for lump in question.lumps:
-            mask_P &= patterns_P != lump
-    found = where(mask_P)
+    found = where((patterns_P >= low) & (patterns_P <= high))
     counts = np.array(columns, np.int64).reshape(len(columns), num_units).T
     return _packed(question, num_above, counts.tolist(), per_unit(found), patterns_P[found].cpu().numpy())
 
 
 def _without_lumps(question: Question) -> tuple[int, int]:
-    """Narrow a range by the lumps at its ends, which need not be looked at twice."""
-    low, high = question.low, question.high
-    if question.shift is None:
-        for lump in question.lumps:
-            low += low == lump
-        for lump in reversed(question.lumps):
-            high -= high == lump
-    return low, high
+    """Return the range without the ends that are counted."""
+    return question.low + (question.low in question.lumps), question.high - (question.high in question.lumps)
 
 
 def _packed(
@@ -320,13 +308,20 @@ def _bracket(rank: int, sample: Patterns, num_elements: int, largest: int) -> tu
     first, last = math.floor(from_end - margin), math.floor(from_end + margin)
     low = int(sample[first]) if first >= 0 else 0
     high = int(sample[last]) if last < len(sample) else largest
-    bracket = sample[max(first, 0) : last + 1]
-    seen = np.unique(bracket)
-    counts = np.searchsorted(sample, seen, side="right") - np.searchsorted(sample, seen, side="left")
-    often = np.ones(len(seen), bool) if is_whole else counts >= _LUMP
-    lumps = tuple(int(value) for value in seen[often])
-    num_expected = float(counts[~often].sum()) * num_elements / len(sample)
-    return Question(low, high, lumps if len(lumps) <= 2 * _LUMP else ()), num_expected
+    counts = {end: _count(sample, end) for end in (low, high)}
+    lumps = tuple(sorted(end for end, count in counts.items() if is_whole or count > _LUMP * len(sample)))
+    num_inside = int(
+        np.searchsorted(sample, sample.dtype.type(high), "right")
+        - np.searchsorted(sample, sample.dtype.type(low))
+    )
+    num_inside -= sum(counts[lump] for lump in lumps)
+    return Question(low, high, lumps), num_inside * num_elements / len(sample)
+
+
+def _count(ascending: Patterns, value: int) -> int:
+    key = ascending.dtype.type(value)
+    begin, end = (np.searchsorted(ascending, key, side) for side in ("left", "right"))
+    return int(end - begin)
 
 
 def _narrowed(rank: int, low: int, high: int, largest: int) -> Generator[Question, list[Answer], Question]:
@@ -350,24 +345,26 @@ def _narrowed(rank: int, low: int, high: int, largest: int) -> Generator[Questio
 
 def _looked_up(rank: int, question: Question, answer: Answer) -> Cut:
     """Return the cut, given the `rank`-th largest of the elements inside the range."""
-    lumps = np.array(question.lumps, answer.inside.dtype)
-    seen, counts = np.unique(np.concatenate([answer.inside, lumps]), return_counts=True)
-    of_lump = answer.lump_counts.sum(axis=0)
-    totals = counts.astype(np.int64)
-    if len(lumps):
-        totals[np.searchsorted(seen, lumps)] += of_lump - 1
-    down_to = np.cumsum(totals[::-1])[::-1]
-    at = int(np.flatnonzero(down_to >= rank)[-1])
-    pattern, num_equals = seen[at : at + 1], int(totals[at])
-    quota = rank - (int(down_to[at]) - num_equals)
-    value = float(pattern.view(np.float64 if pattern.itemsize == 8 else np.float32)[0])
-    if quota == num_equals:
-        return Cut(value)
-    if int(pattern[0]) in question.lumps:
-        per_unit = answer.lump_counts[:, question.lumps.index(int(pattern[0]))]
-    else:
-        unit_of = np.repeat(np.arange(len(answer.num_inside)), answer.num_inside)
-        per_unit = np.bincount(unit_of[answer.inside == pattern[0]], minlength=len(answer.num_inside))
+    low, inside = _without_lumps(question)[0], answer.inside
+    num_high = int(answer.lump_counts[:, -1].sum()) if question.high in question.lumps else 0
+    if rank <= num_high:
+        return _cut(question.high, rank, answer.lump_counts[:, -1], inside.dtype)
+    rank -= num_high
+    if rank > len(inside):
+        assert low > question.low
+        return _cut(question.low, rank - len(inside), answer.lump_counts[:, 0], inside.dtype)
+    pattern = np.partition(inside, len(inside) - rank)[len(inside) - rank]
+    unit_of_equals = np.searchsorted(np.cumsum(answer.num_inside), np.flatnonzero(inside == pattern), "right")
+    quota = rank - int(np.count_nonzero(inside > pattern))
+    per_unit = np.bincount(unit_of_equals, minlength=len(answer.num_inside))
+    return _cut(int(pattern), quota, per_unit, inside.dtype)
+
+
+def _cut(pattern: int, quota: int, per_unit: NDArray[np.int64], dtype: np.dtype[Any]) -> Cut:
+    """Return the cut that keeps the first `quota` of the elements equal to a pattern."""
+    value = float(np.array([pattern], dtype).view(np.float64 if dtype.itemsize == 8 else np.float32)[0])
     filled = np.cumsum(per_unit)
-    unit = int(np.flatnonzero(filled >= quota)[0])
+    if quota == filled[-1]:
+        return Cut(value)
+    unit = int(np.searchsorted(filled, quota))
     return Cut(value, unit, quota - int(filled[unit] - per_unit[unit]))

@@ -17,6 +17,7 @@ from raymerge.merge_actors.methods.consensus import (
     sum_task_vectors,
 )
 from raymerge.merge_actors.methods.dare import RANDOM
+from raymerge.merge_actors.methods.della import DELLA
 from raymerge.merge_actors.methods.interface import Method, Settings, Sparsifier
 from raymerge.merge_actors.methods.magnitude import BREADCRUMBS, MAGNITUDE
 
@@ -47,5 +48,7 @@ TASK_ARITHMETIC = _method("task_arithmetic", None, "arXiv:2212.04089", has_conse
 TIES = _method("ties", MAGNITUDE, "arXiv:2306.01708", has_consensus=True, normalize=True)
 DARE_LINEAR = _method("dare_linear", RANDOM, "arXiv:2311.03099", has_consensus=False)
 DARE_TIES = _method("dare_ties", RANDOM, "arXiv:2311.03099", has_consensus=True)
+DELLA_LINEAR = _method("della_linear", DELLA, "arXiv:2406.11617", has_consensus=False)
+DELLA_TIES = _method("della", DELLA, "arXiv:2406.11617", has_consensus=True, normalize=True)
 BREADCRUMBS_LINEAR = _method("breadcrumbs", BREADCRUMBS, "arXiv:2312.06795", has_consensus=False)
 BREADCRUMBS_TIES = _method("breadcrumbs_ties", BREADCRUMBS, "arXiv:2312.06795", has_consensus=True)
