@@ -19,14 +19,12 @@ from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import Recipe, load_recipes
-from raymerge.cluster.settings import check_settings
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
 from raymerge.merge_actors.checkpoint.adapter import open_adapter
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
-from raymerge.merge_actors.methods import METHODS
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -74,8 +72,6 @@ def read_recipes(
             found, said = load_recipes(one, strict=strict)
             recipes += found
             remarks += said
-    for recipe in recipes:
-        check_settings(recipe, METHODS[recipe.merge_method])
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_RECIPE_OPTIONS = (
+    click.option(
+        "--slice-mib",
+        type=int,
+        default=32,
+        show_default=True,
+        help="MiB of one input that a task holds; memory grows with it.",
+    ),
+    click.option("--dtype", help="Type of the output, such as bfloat16 [default: the recipe's]."),
+    click.option(
+        "--out-shard-size",
+        default="5GB",
+        show_default=True,
+        help="The most that an output file holds: 5GB is bytes, 5B counts parameters.",
+    ),
+    click.option("--seed", type=int, help="Seed of the random masks [default: the recipe's, else 0]."),
+    click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only."),
+    click.option("--strict", is_flag=True, help="Refuse recipe keys that have no effect."),
+)
+
+
+def recipe_options(command: F) -> F:
+    """Add the options that change what a plan looks like."""
+    for option in reversed(_RECIPE_OPTIONS):
+        command = option(command)
+    return command
