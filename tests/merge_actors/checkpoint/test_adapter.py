@@ -201,7 +201,8 @@ def test_modules_that_the_base_lacks_are_named(tmp_path: Path, base: Checkpoint)
     tensors = low_rank("model.layers.1.self_attn.q_proj", 4, 4)
     assert refusal(write_adapter(tmp_path / "lora", tensors), base) == (
         f"adapter '{tmp_path}/lora' changes model.layers.1.self_attn.q_proj, which the base "
-        f"'{tmp_path}/base' does not have (the closest is {Q}.weight); give the base that the adapter was trained on."
+        f"'{tmp_path}/base' does not have (the closest is {Q}.weight); "
+        "give the base that the adapter was trained on."
     )
     tensors = {key: tensor for i in range(5) for key, tensor in low_rank(f"x{i}.y", 4, 4).items()}
     assert "changes x0.y, x1.y, x2.y and 2 more, which" in refusal(
