@@ -25,6 +25,11 @@ _VOCABULARY_TENSOR = re.compile(
 )
 #: ... and in them: layers that predict several tokens ahead have an embedding and a head each.
 _VOCABULARY_REST = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head|shared_head\.head)\.(?:weight|bias)")
+#: Output layers, which a config may tie to the embedding.
+_HEAD = re.compile(
+    r"(?:.*\.)?(?:lm_head(?:\.decoder|\.out_proj)?|embed_out|output_projection|proj_out|vocab_projector"
+    r"|generator_lm_head|predictions\.decoder)\.weight"
+)
 _SUB_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
 
 
@@ -63,6 +68,11 @@ def is_vocabulary_tensor(info: TensorInfo, num_rows: int) -> bool:
     if layer is not None:
         return _VOCABULARY_REST.fullmatch(layer.rest) is not None
     return _VOCABULARY_TENSOR.fullmatch(info.name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Return whether a tensor outside the layers is an output layer over the vocabulary."""
+    return split_layer(name) is None and _HEAD.fullmatch(name) is not None
 
 
 def tensors_of(model: LoadedModel) -> dict[str, TensorInfo]:
