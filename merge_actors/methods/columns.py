@@ -2,9 +2,9 @@
 
 A column of a tensor of shape (A, ...) is the vector of its A elements at one place of the
 other axes; element i of the flat tensor belongs to column i modulo the number of columns.
-A column runs through every slice, so its sum is kept as three integers in units of 1, 2^-40
-and 2^-80: integer sums do not depend on how the tensor was cut. What a unit of the tensor
-adds is rounded to 2^-80, about 1e-24.
+A column runs through every slice, so its sum is kept as five integers in units of 2^80, 2^40,
+1, 2^-40 and 2^-80: integer sums do not depend on how the tensor was cut. What a unit of the
+tensor adds is cut off below 2^-80, about 1e-24.
 
 Shape letters: V columns, P elements of a block, L limbs.
 """
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from raymerge.merge_actors.methods.block import Block
 
-_LIMB = 2.0**40
-#: What a column's sum cannot reach: a float64 has no fraction beyond it.
-_TOO_LARGE = 2.0**53
+_LIMBS = [2.0**power for power in (80, 40, 0, -40, -80)]
+#: What no summand may reach: the first integer would be too long for a float64.
+_TOO_LARGE = 2.0**133
 
 
 def num_columns(block: Block) -> int:
@@ -34,8 +34,8 @@ def num_columns(block: Block) -> int:
 
 
 def empty_sums(columns: int) -> NDArray[np.int64]:
-    """Return sums of nothing: (4, V), three limbs and a count of what is not finite."""
-    return np.zeros((4, columns), dtype=np.int64)
+    """Return sums of nothing: (6, V), five limbs and a count of what is not finite."""
+    return np.zeros((len(_LIMBS) + 1, columns), dtype=np.int64)
 
 
 def add_to_sums(sums_LV: NDArray[np.int64], values_P: torch.Tensor, block: Block) -> None:
@@ -54,9 +54,11 @@ def add_to_sums(sums_LV: NDArray[np.int64], values_P: torch.Tensor, block: Block
 
 
 def read_sums(sums_LV: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the sums of all columns as numbers (V,); NaN where a value was not finite or beyond 2^53."""
-    sums_V = sums_LV[0] + sums_LV[1] / _LIMB + sums_LV[2] / _LIMB**2
-    return np.where(sums_LV[3] > 0, np.nan, sums_V)
+    """Return the sums of all columns as numbers (V,); NaN where a value was not finite or 2^133 and more."""
+    sums_V = np.zeros(sums_LV.shape[1])
+    for limb_V, unit in reversed(list(zip(sums_LV[:-1], _LIMBS, strict=True))):  # the smallest first
+        sums_V += limb_V * unit
+    return np.where(sums_LV[-1] > 0, np.nan, sums_V)
 
 
 def spread(factors_V: NDArray[np.float64], block: Block) -> torch.Tensor:
@@ -101,9 +103,9 @@ def _runs(begin: int, num_elements: int, columns: int) -> Iterator[tuple[int, in
 
 def _add_limbs(sums_LV: NDArray[np.int64], values_V: NDArray[np.float64]) -> None:
     is_good = np.abs(values_V) < _TOO_LARGE
-    sums_LV[3] += ~is_good
-    rest = np.where(is_good, values_V, 0.0)
-    for limb in range(3):
-        whole = np.floor(rest)
-        sums_LV[limb] += whole.astype(np.int64)
-        rest = (rest - whole) * _LIMB
+    sums_LV[-1] += ~is_good
+    rest_V = np.where(is_good, values_V, 0.0)
+    for limb_V, unit in zip(sums_LV[:-1], _LIMBS, strict=True):
+        whole_V = np.trunc(rest_V / unit)
+        limb_V += whole_V.astype(np.int64)
+        rest_V = rest_V - whole_V * unit
