@@ -248,7 +248,7 @@ class _Matcher:
         one, two = list(first.info.shape), list(other.info.shape)
         message = f"tensor {name} has shape {one} in model {first.model} but {two} in {other.model}"
         vocabularies = {self.models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)}
-        if one[1:] == two[1:] and len(one) == 2 and {one[0], two[0]} <= vocabularies | {None}:
+        if one[1:] == two[1:] and len(one) in (1, 2) and {one[0], two[0]} <= vocabularies | {None}:
             return MismatchError(
                 f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in the recipe: "
                 "vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +95,71 @@ def small_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
     sparsifiers = {"random": RANDOM, "magnitude": MAGNITUDE}
     monkeypatch.setattr("raymerge.cluster.method_parameters.SPARSIFIERS", sparsifiers)
     return SMALL_REGISTRY
+
+
+_NUM_COLUMNS = 2
+
+
+def _write_token_model(
+    folder: Path,
+    number: int,
+    tokens: Sequence[str] | None,
+    *,
+    num_rows: int | None = None,
+    added: Sequence[str] = (),
+    dtype: str = "float32",
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder with an embedding, a head and its bias, and a word-level tokenizer.
+
+    Row r of model number n holds 100 * n + r, so that rows say where they come from.
+
+    Args:
+        folder: where to.
+        number: of the model.
+        tokens: ids in this order; None for a model without tokenizer.
+        num_rows: rows of the embedding, if more than there are tokens.
+        added: tokens that come after those of the tokenizer's model.
+        dtype: of the weights.
+        config: more keys for config.json.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    num_rows = num_rows or len(tokens or ()) + len(added)
+    values_R = torch.arange(num_rows, dtype=torch.float32) + 100 * number
+    matrix_RD = values_R[:, None].repeat(1, _NUM_COLUMNS)
+    tensors = {
+        "model.embed_tokens.weight": matrix_RD,
+        "lm_head.weight": matrix_RD + 0.5,
+        "lm_head.bias": values_R,
+        "model.norm.weight": torch.full((_NUM_COLUMNS,), float(number)),
+    }
+    save_file(
+        {k: v.to(getattr(torch, dtype)).contiguous() for k, v in tensors.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps({"vocab_size": num_rows, **(config or {})}))
+    if tokens is not None:
+        _write_tokenizer(folder, tokens, added)
+    return folder
+
+
+def _write_tokenizer(folder: Path, tokens: Sequence[str], added: Sequence[str] = ()) -> None:
+    """Write a word-level tokenizer.json and its tokenizer_config.json."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=tokens[0]).save_pretrained(folder)
+
+
+@pytest.fixture
+def write_token_model() -> Callable[..., Path]:
+    """Return a writer of tiny model folders whose rows say where they come from."""
+    return _write_token_model
