@@ -25,7 +25,9 @@ def linear(block: Block) -> torch.Tensor:
     """
     weights = block.numbers("weight")
     total = sum(weights) if block.shared["normalize"] else 1.0
-    average, model = block.model(0).mul_(weights[0]), block.scratch()
+    average, model = block.model(0), block.scratch()
+    if weights[0] != 1:
+        average.mul_(weights[0])
     for i, weight in enumerate(weights[1:], start=1):
         average.add_(block.model(i, out=model), alpha=weight)
     # Divided at the end: 1/3 rounded to float32 would make three equal models a little smaller.
