@@ -25,6 +25,7 @@ from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.task import HubModel
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -40,6 +41,8 @@ class PlannedWave:
     vocabularies: tuple[Vocabulary | None, ...]
     """Per recipe."""
     remarks: tuple[str, ...]
+    hub_models: tuple[HubModel, ...] = ()
+    """The models, and adapters, that came from the Hub."""
 
     @property
     def fingerprint(self) -> str:
@@ -75,7 +78,9 @@ def read_recipes(
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RecipeError(f"two recipes of the campaign are named {twice[0]!r}; give one of them another `name:`")
+        raise RecipeError(
+            f"two recipes of the campaign are named {twice[0]!r}; give one of them another `name:`"
+        )
     return [_overridden(recipe, options) for recipe in recipes], remarks
 
 
@@ -107,7 +112,7 @@ def plan_wave(
     Raises:
         RaymergeError: whatever is wrong with recipes or models.
     """
-    models = _open_models(recipes, options, results)
+    models, hub_models = _open_models(recipes, options, results)
     plans, vocabularies, remarks = [], [], []
     limit = parse_size(options.out_shard_size)
     for recipe in recipes:
@@ -120,27 +125,35 @@ def plan_wave(
         )
         vocabularies.append(vocabulary)
     plan = make_plan(plans, slice_bytes=options.slice_mib << 20)
-    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks))
+    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks), tuple(hub_models))
 
 
 def _open_models(
     recipes: Sequence[Recipe], options: MergeOptions, results: Mapping[str, str]
-) -> dict[str, LoadedModel]:
+) -> tuple[dict[str, LoadedModel], list[HubModel]]:
+    """Open every model once; returns them by key, and those that came from the Hub."""
     checkpoints: dict[tuple[str, str | None], Checkpoint] = {}
     models: dict[str, LoadedModel] = {}
+    hub_models: list[HubModel] = []
+
+    def folder_of(ref: ModelRef) -> str:
+        if ref.path in results:
+            return results[ref.path]
+        folder = locate(ref.path, ref.revision, allow_pickle=options.allow_pickle)
+        if not os.path.isdir(ref.path):
+            hub_models.append(HubModel(ref.path, ref.revision, os.path.realpath(folder)))
+        return folder
+
     for ref in dict.fromkeys(ref for recipe in recipes for ref in _refs_of(recipe)):
         place = (ref.path, ref.revision)
         if place not in checkpoints:
-            folder = results.get(ref.path) or locate(
-                ref.path, ref.revision, allow_pickle=options.allow_pickle
-            )
-            checkpoints[place] = open_checkpoint(folder, allow_pickle=options.allow_pickle)
+            checkpoints[place] = open_checkpoint(folder_of(ref), allow_pickle=options.allow_pickle)
         adapter = None
         if ref.adapter is not None:
-            folder = locate(ref.adapter.path, ref.adapter.revision, allow_pickle=options.allow_pickle)
+            folder = folder_of(ref.adapter)
             adapter = open_adapter(folder, checkpoints[place], allow_pickle=options.allow_pickle)
         models[ref.key] = LoadedModel(ref.key, checkpoints[place], adapter)
-    return models
+    return models, hub_models
 
 
 def _refs_of(recipe: Recipe) -> list[ModelRef]:

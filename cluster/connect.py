@@ -77,7 +77,9 @@ def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) ->
     chosen: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and num_gpus) else "cpu"
     if chosen == "cuda":
         if not num_gpus:
-            raise ClusterError("--device cuda: no GPU is to be seen here; use --device cpu, or another cluster")
+            raise ClusterError(
+                "--device cuda: no GPU is to be seen here; use --device cpu, or another cluster"
+            )
         return Placement(workers or num_gpus, "cuda", 1)
     count = workers or max(1, min(num_cpus, _MOST_CPU_WORKERS))
     return Placement(count, "cpu", 1)

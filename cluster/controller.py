@@ -78,7 +78,6 @@ class Totals:
             num_retries=self.num_retries,
         )
 
-
     def plus_totals(self, other: Totals) -> Totals:
         """Return the sum of two runs' totals."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -238,8 +237,8 @@ class Controller:
             self._attempts[key] = self._attempts.get(key, 1) + 1
             if self._attempts[key] > MOST_ATTEMPTS:
                 raise ClusterError(
-                    f"a task was lost with its worker {MOST_ATTEMPTS} times, the last time: {lost.reason}; use a smaller "
-                    "--slice-mib if memory ran out"
+                    f"a task was lost with its worker {MOST_ATTEMPTS} times, the last time: {lost.reason}; "
+                    "use a smaller --slice-mib if memory ran out"
                 )
             self._urgent.append(instruction)
         retries = self.totals.num_retries + len(lost.instructions)

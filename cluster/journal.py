@@ -30,7 +30,7 @@ class Journal:
     def create(cls, path: str, plan_fingerprint: str, header: dict[str, Any]) -> Journal:
         """Begin a new journal."""
         journal = cls(path, plan_fingerprint)
-        journal._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed by close()
+        journal._file = open(path, "w", encoding="ascii")
         journal._write({"plan": plan_fingerprint, "started": time.time(), "boot": boot_id(), **header})
         return journal
 
@@ -52,7 +52,7 @@ class Journal:
         if header.get("boot") != boot_id():
             journal.done.clear()  # the machine went down: what was written may not have reached the disk
         # Rewritten whole, so that a line cut short by the kill does not stay in the middle.
-        journal._file = open(path, "w", encoding="ascii")  # noqa: SIM115
+        journal._file = open(path, "w", encoding="ascii")
         journal._write({**header, "boot": boot_id()})
         for report in journal.done.values():
             journal._write(_to_row(report))

@@ -30,12 +30,12 @@ class LayerName(NamedTuple):
     """A tensor's name, split at its layer number."""
 
     stack: str
-    index: int
+    layer: int
     rest: str
 
-    def at(self, index: int) -> str:
+    def at(self, layer: int) -> str:
         """Return the name in another layer."""
-        return f"{self.stack}.{index}.{self.rest}"
+        return f"{self.stack}.{layer}.{self.rest}"
 
 
 @functools.lru_cache(maxsize=1 << 18)
@@ -51,7 +51,7 @@ def find_stacks(names: Iterable[str]) -> dict[str, int]:
     for name in names:
         layer = split_layer(name)
         if layer:
-            indices[layer.stack].add(layer.index)
+            indices[layer.stack].add(layer.layer)
     return {stack: max(found) + 1 for stack, found in indices.items()}
 
 
@@ -79,7 +79,7 @@ def main_stacks(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, in
 
 
 def is_before_layers(name: str) -> bool:
-    """Does a tensor outside the layers come before them (an embedding) and not after?"""
+    """Return whether a tensor outside the layers comes before them (an embedding) or after."""
     return any(part.startswith(_BEFORE) for part in name.lower().split("."))
 
 

@@ -166,7 +166,9 @@ class _Matcher:
         present = [operand for operand in operands if operand is not None]
         donor = present[0]
         if not is_float(donor.info.dtype):
-            return self._copy(place.name, donor, "not a float tensor: copied from the base or the first model")
+            return self._copy(
+                place.name, donor, "not a float tensor: copied from the base or the first model"
+            )
         if len(present) == 1 and len(operands) == 1 and not layers.sources:
             return self._copy(place.name, donor, "")
         if len(present) < len(operands):
@@ -247,13 +249,17 @@ class _Matcher:
     def _shape_error(self, name: str, first: Operand, other: Operand) -> MismatchError:
         one, two = list(first.info.shape), list(other.info.shape)
         message = f"tensor {name} has shape {one} in model {first.model} but {two} in {other.model}"
-        vocabularies = {self.models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)}
+        vocabularies = {
+            self.models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)
+        }
         if one[1:] == two[1:] and len(one) in (1, 2) and {one[0], two[0]} <= vocabularies | {None}:
             return MismatchError(
-                f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in the recipe: "
-                "vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"
+                f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in "
+                "the recipe: vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"
             )
-        return MismatchError(f"{message}; models of different shape cannot be merged: check the base and sizes")
+        return MismatchError(
+            f"{message}; models of different shape cannot be merged: check the base and sizes"
+        )
 
     def _copy(self, name: str, operand: Operand, note: str) -> MergedTensor:
         if note:
@@ -297,7 +303,9 @@ def _canonical_order(sources: Sequence[SourceUse], method: Method) -> tuple[list
     for use in sources:
         count = 1 + sum(1 for earlier in sources[: len(names)] if earlier.model.key == use.model.key)
         names.append(use.model.key if count == 1 else f"{use.model.key}#{count}")
-    order = sorted(range(len(names)), key=names.__getitem__) if method.is_symmetric else list(range(len(names)))
+    order = (
+        sorted(range(len(names)), key=names.__getitem__) if method.is_symmetric else list(range(len(names)))
+    )
     return order, [names[i] for i in order]
 
 
@@ -323,7 +331,9 @@ def _by_slice(
             else:
                 stacks = main_stacks(names[0], models[uses[0].model.key].checkpoint.config)
                 _check_ranges(recipe, layers, models, stacks)
-                places = _range_places(recipe, layers, names[0], stacks, next_layer, number, len(module.slices))
+                places = _range_places(
+                    recipe, layers, names[0], stacks, next_layer, number, len(module.slices)
+                )
                 next_layer += layers.num_layers
             groups.append((module, layers, places))
     return groups
@@ -370,7 +380,7 @@ def _whole_places(recipe: Recipe, names: Sequence[Sequence[str]]) -> list[_Place
                 tuple(name for _ in names),
                 layer_position(
                     recipe,
-                    layer.index if layer else None,
+                    layer.layer if layer else None,
                     stacks[layer.stack] if layer else 1,
                     is_after_layers=not layer and not is_before_layers(name),
                 ),
@@ -401,7 +411,7 @@ def _range_places(
     for name in names:
         layer = split_layer(name)
         if layer and layer.stack in stacks:
-            within = layer.index - begins[0]
+            within = layer.layer - begins[0]
             if 0 <= within < count:
                 sources = tuple(layer.at(begin + within) for begin in begins)
                 place_t = layer_position(recipe, within, count)
@@ -418,7 +428,9 @@ def _check_ranges(
     recipe: Recipe, layers: LayerSlice, models: Mapping[str, LoadedModel], stacks: Mapping[str, int]
 ) -> None:
     if not stacks:
-        raise RecipeError(f"recipe {recipe.name}: {layers.uses()[0].model.key} has no numbered layers for a range")
+        raise RecipeError(
+            f"recipe {recipe.name}: {layers.uses()[0].model.key} has no numbered layers for a range"
+        )
     for use in layers.uses():
         loaded = models[use.model.key]
         own = main_stacks(loaded.checkpoint.tensors, loaded.checkpoint.config)

@@ -187,7 +187,8 @@ class _Run:
         return Journal.create(path, wave.fingerprint, {"num_tasks": len(wave.plan.tasks)})
 
     def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
-        folders = {model.checkpoint.folder for model in wave.models.values()}
+        hub_folders = {model.folder for model in wave.hub_models}
+        folders = {model.checkpoint.folder for model in wave.models.values()} - hub_folders
         return RunContext(
             run_id=wave.fingerprint,
             settings=wave.plan.settings,
@@ -195,6 +196,7 @@ class _Run:
             num_threads=placement.threads_per_worker,
             allow_nan=self.options.allow_nan,
             visible_paths=(*sorted(folders), self.folder.journal_path),
+            hub_models=wave.hub_models,
         )
 
     def _finish_outputs(self, wave: PlannedWave, journal: Journal, figures: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ if it was cut, its *state* is gathered by the driver in rounds of measure tasks 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class _Planner:
         edges = [*range(0, total, step), total] if total else [0, 0]
         return [
             (Piece(shape=shape, begin=begin, end=end, reads=reads, jobs=tuple(jobs)), tuple(waits))
-            for begin, end in zip(edges, edges[1:], strict=False)
+            for begin, end in itertools.pairwise(edges)
         ]
 
     def _step(self, members: Sequence[tuple[int, MergedTensor]], reads: Sequence[Read], total: int) -> int:
@@ -217,7 +218,9 @@ class _Planner:
                 )
             )
 
-    def _measure_pieces(self, number: int, tensor: MergedTensor, setting: int, step: int) -> tuple[Piece, ...]:
+    def _measure_pieces(
+        self, number: int, tensor: MergedTensor, setting: int, step: int
+    ) -> tuple[Piece, ...]:
         reads, places = _reads_of([tensor])
         job = self._job(number, tensor, setting, places, None)
         total = math.prod(tensor.shape)
@@ -319,7 +322,7 @@ def _reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[i
 
 
 def _read_of(operand: Operand) -> Read:
-    info, low_rank = operand.info, operand.low_rank
+    info, update = operand.info, operand.low_rank
     return Read(
         model=operand.model,
         tensor=info.name,
@@ -327,16 +330,17 @@ def _read_of(operand: Operand) -> Read:
         offset=info.begin,
         dtype=info.dtype,
         row_runs=operand.row_runs,
-        low_rank=low_rank
-        and LowRankRead(
-            a_file=low_rank.a.file,
-            a_offset=low_rank.a.begin,
-            b_file=low_rank.b.file,
-            b_offset=low_rank.b.begin,
-            dtype=low_rank.a.dtype,
-            rank=low_rank.rank,
-            scale=low_rank.scale,
-            is_transposed=low_rank.is_transposed,
+        low_rank=None
+        if update is None
+        else LowRankRead(
+            a_file=update.a.file,
+            a_offset=update.a.begin,
+            b_file=update.b.file,
+            b_offset=update.b.begin,
+            dtype=update.a.dtype,
+            rank=update.rank,
+            scale=update.scale,
+            is_transposed=update.is_transposed,
             num_rows=None if operand.row_runs is None else info.shape[0],
         ),
     )

@@ -16,7 +16,13 @@ class Progress:
     """Prints where a run stands."""
 
     def __init__(
-        self, num_tasks: int, num_bytes: int, *, num_done: int = 0, done_bytes: int = 0, stream: TextIO | None = None
+        self,
+        num_tasks: int,
+        num_bytes: int,
+        *,
+        num_done: int = 0,
+        done_bytes: int = 0,
+        stream: TextIO | None = None,
     ) -> None:
         self._stream = stream or sys.stderr
         self._num_tasks, self._num_bytes = num_tasks, num_bytes

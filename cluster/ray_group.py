@@ -34,8 +34,6 @@ class RayGroup:
     def __init__(self, num_workers: int, *, num_cpus: float, num_gpus: float) -> None:
         self._num_workers = num_workers
         self._options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-        if num_gpus == 0:  # Ray leaves all GPUs visible to actors that ask for none
-            self._options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         self._context: Any = None
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
@@ -99,7 +97,8 @@ class RayGroup:
     def _launch(self) -> None:
         number = self._next_number
         self._next_number += 1
-        actor = RayMergeWorker.options(**self._options).remote(self._context)
+        skin: Any = RayMergeWorker  # the decorator's type is Ray's own
+        actor = skin.options(**self._options).remote(self._context)
         self._starting[actor.check.remote()] = (number, actor)
 
     def _joined(self, reference: Any) -> list[Event]:
@@ -119,7 +118,13 @@ class RayGroup:
             return [Done(worker, instruction, ray.get(reference, timeout=60))]
         except RayTaskError as error:
             return [Failed(worker, instruction, _cause(error))]
-        except (ActorDiedError, ActorUnavailableError, RayActorError, OutOfMemoryError, GetTimeoutError) as error:
+        except (
+            ActorDiedError,
+            ActorUnavailableError,
+            RayActorError,
+            OutOfMemoryError,
+            GetTimeoutError,
+        ) as error:
             self._in_flight[reference] = (worker, instruction)
             return self._lose(worker, str(error).strip().splitlines()[0])
 
@@ -152,5 +157,7 @@ def _shortage(options: Mapping[str, Any], num_workers: int) -> str:
     """Say what was asked of the cluster and what it has."""
     total, free = ray.cluster_resources(), ray.available_resources()
     asked = f"{num_workers} workers of {options['num_cpus']:g} CPU and {options['num_gpus']:g} GPU each"
-    have = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU"))
+    have = ", ".join(
+        f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
+    )
     return f"no worker could be started in {START_SECONDS:g} s: asked for {asked}, the cluster has {have}"

@@ -46,7 +46,9 @@ class RunFolder:
         """
         try:
             os.makedirs(self.path, exist_ok=True)
-            descriptor = os.open(os.path.join(self.path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(
+                os.path.join(self.path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
         except OSError as error:
             raise OutputError(f"cannot write next to {self.out}: {error.strerror}") from error
         try:

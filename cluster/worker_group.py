@@ -117,9 +117,7 @@ class InProcessGroup:
             worker.close()
         self._workers, self._pools = [], []
 
-    def _report(
-        self, worker: int, instruction: Instruction, done: concurrent.futures.Future[Report]
-    ) -> None:
+    def _report(self, worker: int, instruction: Instruction, done: concurrent.futures.Future[Report]) -> None:
         if done.cancelled():
             return
         error = done.exception()
@@ -128,9 +126,7 @@ class InProcessGroup:
         )
 
 
-def _carry_out(
-    worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]
-) -> Report:
+def _carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]) -> Report:
     if isinstance(instruction, MergeTask):
         return worker.merge(instruction, states)
     return worker.measure(instruction)

@@ -33,12 +33,12 @@ _BY_TORCH = {attribute: name for name, (attribute, _) in _TYPES.items()}
 
 
 def is_known(dtype: str) -> bool:
-    """Is `dtype` a safetensors element type that raymerge can read?"""
+    """Return whether `dtype` is a safetensors element type that raymerge can read."""
     return dtype in _TYPES
 
 
 def is_float(dtype: str) -> bool:
-    """Does `dtype` hold floating-point numbers, which are merged rather than copied?"""
+    """Return whether `dtype` is a type of floating-point numbers, which are merged, not copied."""
     return dtype in FLOATS
 
 

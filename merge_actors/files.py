@@ -16,8 +16,13 @@ class Files:
     """File descriptors by path, opened on first use."""
 
     def __init__(self) -> None:
+        self._moved: dict[str, str] = {}
         self._descriptors: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
+
+    def move(self, folder: str, here: str) -> None:
+        """Read files of `folder` from the folder `here`: a node's own copy of a model."""
+        self._moved[folder] = here
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `offset`.
@@ -65,7 +70,9 @@ class Files:
         with self._lock:
             found = self._descriptors.get((path, flags))
             if found is None:
-                found = self._descriptors[path, flags] = os.open(path, flags | os.O_CLOEXEC)
+                folder, name = os.path.split(path)
+                here = os.path.join(self._moved[folder], name) if folder in self._moved else path
+                found = self._descriptors[path, flags] = os.open(here, flags | os.O_CLOEXEC)
             return found
 
 

@@ -10,19 +10,25 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.methods.block import Pool
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Lane:
     """Reusable buffers on one device."""
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self.device = device
         self.pool = Pool(device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._host_in = self._host_out = torch.empty(0, dtype=torch.uint8)
         self._device_out = self._host_out
 
@@ -34,6 +40,8 @@ class Lane:
 
     def output_arena(self, num_bytes: int) -> torch.Tensor:
         """Return device memory for a task's outputs: uint8."""
+        import torch
+
         if self._host_out.numel() < num_bytes:
             self._host_out = self._host_memory(num_bytes)
             self._device_out = self._host_out
@@ -44,6 +52,8 @@ class Lane:
     @contextlib.contextmanager
     def computing(self, lock: threading.Lock | None) -> Iterator[None]:
         """Hold `lock`, if any, and make this lane's stream the current one."""
+        import torch
+
         with lock or contextlib.nullcontext():
             if self._stream is None:
                 with torch.inference_mode():
@@ -66,7 +76,9 @@ class Lane:
 
     def host_bytes(self, begin: int, num_bytes: int) -> memoryview:
         """Return a view of output bytes in host memory, valid after `fetch_output`."""
-        return memoryview(self._host_out.numpy())[begin : begin + num_bytes]
+        return self._host_out.numpy().data[begin : begin + num_bytes]
 
     def _host_memory(self, num_bytes: int) -> torch.Tensor:
+        import torch
+
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)

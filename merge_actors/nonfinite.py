@@ -23,7 +23,8 @@ def count_nonfinite(tensor_P: torch.Tensor) -> int:
     if not tensor_P.is_floating_point():
         return 0
     found = 0
-    for chunk in tensor_P.split(_CHUNK):
+    for at in range(0, tensor_P.numel(), _CHUNK):
+        chunk = tensor_P[at : at + _CHUNK]
         values = chunk if chunk.element_size() >= 4 else chunk.float()
         total = float(values.sum())
         if total - total != 0:
@@ -32,7 +33,7 @@ def count_nonfinite(tensor_P: torch.Tensor) -> int:
 
 
 def hides_nonfinite(method: Method, settings: Settings) -> bool:
-    """May an input's NaN fail to show in the merged tensor?
+    """Return whether an input's NaN may fail to show in the merged tensor.
 
     Only a sum that keeps every element of every model with a weight other than 0 is sure to
     show it; everything else has its inputs looked at before they are merged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import ray
@@ -17,6 +18,10 @@ class RayMergeWorker:
     """`MergeWorker` as an actor; its tasks are idempotent, so the driver may repeat them."""
 
     def __init__(self, context: RunContext) -> None:
+        if context.device == "cpu":
+            # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
+            # too, but then Ray cannot use the processes that it keeps ready.)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._worker = MergeWorker(context)
 
     def check(self) -> str:

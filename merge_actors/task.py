@@ -168,6 +168,16 @@ class MeasureTask:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model of the Hub, and where the driver has it."""
+
+    path: str
+    revision: str | None
+    folder: str
+    """On the driver's node; the reads of a task name files in it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """What every worker of a run knows."""
@@ -182,6 +192,8 @@ class RunContext:
     allow_nan: bool = False
     visible_paths: tuple[str, ...] = ()
     """Files and folders that every worker must be able to see."""
+    hub_models: tuple[HubModel, ...] = ()
+    """Models from the Hub: a node that has no copy fetches its own, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.errors import ClusterError, NotFiniteError
@@ -60,7 +61,11 @@ class MergeWorker:
 
         self.context = context
         torch.set_num_threads(context.num_threads)
-        device = torch.device("cuda", torch.cuda.current_device()) if context.device == "cuda" else torch.device("cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if context.device == "cuda"
+            else torch.device("cpu")
+        )
         self._files = Files()
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(NUM_LANES):
@@ -72,10 +77,16 @@ class MergeWorker:
     def check(self) -> str:
         """Check that this node sees every path of the run; return the node's host name.
 
+        Models from the Hub that are not where the driver has them are fetched, once per node.
+
         Raises:
             ClusterError: a path is missing here.
+            CheckpointError: the Hub does not give a model to this node.
         """
         host = os.uname().nodename
+        for model in self.context.hub_models:
+            if not os.path.exists(model.folder):
+                self._files.move(model.folder, os.path.realpath(locate(model.path, model.revision)))
         for path in self.context.visible_paths:
             if not os.path.exists(path):
                 raise ClusterError(

@@ -8,7 +8,7 @@ by sending tasks. Both run this same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,9 @@ class Round:
 Preparation = Generator[Round, list[list[Summary]], TensorState]
 
 
-def steps_of(method: Method, settings: Settings, sparsifiers: Mapping[str, Sparsifier]) -> list[
-    list[tuple[Sparsifier, Mapping[str, Value]]]
-]:
+def steps_of(
+    method: Method, settings: Settings, sparsifiers: Mapping[str, Sparsifier]
+) -> list[list[tuple[Sparsifier, Mapping[str, Value]]]]:
     """Return per model its sparsifying steps: the recipe's own first, then the method's."""
     steps = []
     for model in settings.models:
@@ -57,8 +57,35 @@ def steps_of(method: Method, settings: Settings, sparsifiers: Mapping[str, Spars
     return steps
 
 
+def model_wide_steps(
+    method: Method, settings: Settings, sparsifiers: Mapping[str, Sparsifier]
+) -> list[tuple[int, int]]:
+    """Return the (model, step) pairs whose measure is taken over all tensors of the recipe."""
+    return [
+        (i, s)
+        for i, steps in enumerate(steps_of(method, settings, sparsifiers))
+        for s, (step, parameters) in enumerate(steps)
+        if step.is_model_wide is not None and step.is_model_wide(parameters)
+    ]
+
+
+def model_wide_preparation(
+    method: Method, settings: Settings, num_elements: int, sparsifiers: Mapping[str, Sparsifier]
+) -> Preparation:
+    """Measure the model-wide steps of a recipe; `num_elements` counts all merged tensors."""
+    steps = steps_of(method, settings, sparsifiers)
+    running: dict[Any, Prepare] = {}
+    for model, number in model_wide_steps(method, settings, sparsifiers):
+        step, parameters = steps[model][number]
+        found = step.prepare(parameters, model, number, num_elements) if step.prepare else None
+        if found is not None:
+            running[model, number] = found
+    stages = yield from _together(running, TensorState())
+    return TensorState(stages=stages)
+
+
 def needs_preparation(method: Method, settings: Settings, sparsifiers: Mapping[str, Sparsifier]) -> bool:
-    """Must the tensor be measured before it can be merged?"""
+    """Return whether the tensor must be measured before it can be merged."""
     if method.prepare is not None and method.prepare(settings) is not None:
         return True
     return any(
@@ -86,17 +113,17 @@ def preparation(
                 found = step.prepare(parameters, model, level, num_elements) if step.prepare else None
                 if found is not None:
                     running[model, level] = found
-        stages |= yield from _together(running, lambda: TensorState(stages=dict(stages)))
+        stages |= yield from _together(running, TensorState(stages=dict(stages)))
     state = None
     own = method.prepare(settings) if method.prepare else None
     if own is not None:
-        result = yield from _together({"method": own}, lambda: TensorState(stages=dict(stages)))
+        result = yield from _together({"method": own}, TensorState(stages=dict(stages)))
         state = result["method"]
     return TensorState(stages=stages, method=state)
 
 
 def _together(
-    running: dict[Any, Prepare], state: Callable[[], TensorState]
+    running: dict[Any, Prepare], state: TensorState
 ) -> Generator[Round, list[list[Summary]], dict[Any, State]]:
     """Run several generators side by side, one round at a time, so slices are read once a round."""
     states: dict[Any, State] = {}
@@ -107,7 +134,7 @@ def _together(
         except StopIteration as stop:
             states[key] = stop.value
     while questions:
-        answers = yield Round(tuple(questions.values()), state())
+        answers = yield Round(tuple(questions.values()), state)
         asked, questions = questions, {}
         for key, answer in zip(asked, answers, strict=True):
             try:

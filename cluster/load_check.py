@@ -1,0 +1,201 @@
+"""Ask transformers whether it can load an output: config, tokenizer, weights.
+
+Code that comes with a checkpoint is never run. An output that does not fit into half of the
+free memory is not loaded; its tensors are then compared with those of the class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from raymerge.merge_actors.checkpoint.header import TensorInfo
+from raymerge.merge_actors.errors import VerifyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: Of the available memory, what a load may take.
+_MEMORY_FRACTION = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadCheck:
+    """What transformers said of an output."""
+
+    how: Literal["loaded", "compared", "skipped"]
+    """With from_pretrained; by tensor names and shapes of the class, without values; not at all."""
+    architecture: str | None = None
+    missing_keys: tuple[str, ...] = ()
+    """Parameters of the class that the output lacks: they would begin at random."""
+    unexpected_keys: tuple[str, ...] = ()
+    """Tensors of the output that the class has no place for."""
+    num_tokens: int | None = None
+    """Length of the tokenizer; None if there is none."""
+    remarks: tuple[str, ...] = ()
+
+
+def check_load(folder: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> LoadCheck:
+    """Load an output with transformers, as a user would.
+
+    Args:
+        folder: the output.
+        tensors: its tensors.
+        config: its config.json; None if it has none.
+
+    Raises:
+        VerifyError: transformers refuses the output, or finds none of its parameters in it.
+    """
+    if config is None:
+        return LoadCheck(how="skipped", remarks=("it has no config.json, so transformers cannot load it",))
+    import transformers
+
+    with _quiet():
+        if "auto_map" in config:
+            remark = "its config names code of its own (auto_map), which is never run, so it was not loaded"
+            return LoadCheck(how="skipped", remarks=(remark,))
+        loaded_config = _ask(
+            folder,
+            "config.json",
+            lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True),
+        )
+        num_tokens, remarks = _check_tokenizer(folder, tensors)
+        architecture = next(iter(config.get("architectures") or []), None)
+        model_class = getattr(transformers, architecture or "", None)
+        if model_class is None:
+            remarks.append(
+                f"its config names the architecture {architecture!r}, which transformers does not have"
+            )
+            return LoadCheck(
+                how="skipped", architecture=architecture, num_tokens=num_tokens, remarks=tuple(remarks)
+            )
+        how: Literal["loaded", "compared"]
+        if sum(info.num_bytes for info in tensors.values()) <= _MEMORY_FRACTION * _available_bytes():
+            how, (missing, unexpected) = "loaded", _load(folder, model_class)
+        else:
+            how, (missing, unexpected) = "compared", _compare(folder, model_class, loaded_config, tensors)
+            remarks.append(
+                "it is larger than half of the free memory, so its tensors were compared with the class's"
+            )
+    if len(unexpected) == len(tensors):
+        raise VerifyError(
+            f"no tensor of {folder} is a parameter of {architecture}, such as {unexpected[0]}; the class "
+            f"wants {missing[0] if missing else 'nothing'}: the architecture in config.json is not that "
+            "of the weights"
+        )
+    return LoadCheck(
+        how=how,
+        architecture=architecture,
+        missing_keys=missing,
+        unexpected_keys=unexpected,
+        num_tokens=num_tokens,
+        remarks=tuple(remarks),
+    )
+
+
+def _load(folder: str, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    _, info = _ask(
+        folder,
+        "weights",
+        lambda: model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
+        ),
+    )
+    return tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
+
+
+def _compare(
+    folder: str, model_class: Any, config: Any, tensors: Mapping[str, TensorInfo]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Compare names and shapes with those of the class, built without memory."""
+    import torch
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            model: nn.Module = model_class(config)
+        return model
+
+    model = _ask(folder, "config.json", build)
+    expected = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # A checkpoint of the inner model lacks the prefix, one of a model with a head may have it too many.
+    found = {_placed(name, prefix, expected): info for name, info in tensors.items()}
+    wrong = [
+        name for name, info in found.items() if name in expected and tuple(expected[name].shape) != info.shape
+    ]
+    if wrong:
+        name = wrong[0]
+        raise VerifyError(
+            f"tensor {found[name].name} in {found[name].file} has the shape {list(found[name].shape)}, but "
+            f"{model_class.__name__} with this config.json wants {list(expected[name].shape)}"
+        )
+    present = {id(expected[name]) for name in found if name in expected}  # tied parameters are one object
+    missing = [name for name, tensor in expected.items() if name not in found and id(tensor) not in present]
+    return tuple(sorted(missing)), tuple(
+        sorted(info.name for name, info in found.items() if name not in expected)
+    )
+
+
+def _placed(name: str, prefix: str, expected: Mapping[str, object]) -> str:
+    if name not in expected and prefix + name in expected:
+        return prefix + name
+    if name not in expected and name.startswith(prefix) and name.removeprefix(prefix) in expected:
+        return name.removeprefix(prefix)
+    return name
+
+
+def _check_tokenizer(folder: str, tensors: Mapping[str, TensorInfo]) -> tuple[int | None, list[str]]:
+    """Load the tokenizer, and hold its length against the longest matrix that has a row per token."""
+    import transformers
+
+    if not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
+        return None, ["it has no tokenizer"]
+    tokenizer = _ask(
+        folder, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    )
+    num_tokens = len(tokenizer)
+    rows = [info.shape[0] for info in tensors.values() if len(info.shape) == 2 and "emb" in info.name.lower()]
+    if rows and max(rows) < num_tokens:
+        return num_tokens, [
+            f"its tokenizer has {num_tokens:,} tokens, but its embeddings only {max(rows):,} rows"
+        ]
+    return num_tokens, []
+
+
+def _ask(folder: str, what: str, question: Any) -> Any:
+    try:
+        return question()
+    # transformers raises whatever its parsers and torch raise; any of it is the finding.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise VerifyError(
+            f"transformers cannot load the {what} of {folder}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own log and progress bars off the terminal: `LoadCheck` says what matters."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0
