@@ -88,14 +88,11 @@ def num_rows_of(model: LoadedModel) -> int | None:
         for info in tensors_of(model).values()
         if len(info.shape) == 2 and is_vocabulary_tensor(info, info.shape[0])
     ]
+    # An embedding is what counts; "output" and "decoder" may be names of other things.
+    embeddings = [info for info in matrices if any(part in info.name for part in ("emb", "wte", "shared"))]
+    counts = [info.shape[0] for info in embeddings or matrices]
     stated = stated_vocab_size(model.checkpoint.config)
-    if stated is not None and any(info.shape[0] == stated for info in matrices):
-        return stated
-    # An embedding is long and narrow; "output" and "decoder" may be names of other things.
-    embeddings = [
-        info for info in matrices if "emb" in info.name or "wte" in info.name or "shared" in info.name
-    ]
-    return max(embeddings or matrices, key=lambda info: info.shape[0]).shape[0] if matrices else None
+    return stated if stated in counts else max(counts, default=None)
 
 
 def require_rows(model: LoadedModel) -> int:

@@ -13,7 +13,7 @@ import pytest
 from raymerge.cluster.campaign import PlannedWave, plan_wave
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import load_recipes
-from raymerge.cluster.vocabulary_rows import coalesce, round_up
+from raymerge.cluster.vocabulary_rows import coalesce, find_counterpart, num_rows_of, round_up
 from raymerge.merge_actors.errors import CheckpointError, MismatchError, RecipeError
 from raymerge.merge_actors.task import RowRun
 
@@ -334,3 +334,40 @@ def test_coalesce() -> None:
     assert coalesce([(0, 0), (1, 1)], frozenset({1})) == (RowRun(0, 0, 1), RowRun(1, 1, 1, is_replaced=True))
     assert coalesce([]) == ()
     assert (round_up(9, 4), round_up(8, 4), round_up(9, None)) == (12, 8, 9)
+
+
+class TestAdapters:
+    def _with_adapter(self, folder: Path, num_rows: int) -> Any:
+        """Return a model whose adapter brings an embedding of its own, and a tokenizer for it."""
+        from raymerge.cluster.match import LoadedModel
+        from raymerge.merge_actors.checkpoint.adapter import Adapter
+        from raymerge.merge_actors.checkpoint.folder import open_checkpoint
+        from raymerge.merge_actors.checkpoint.header import TensorInfo
+
+        own = TensorInfo(EMBEDDING, "F32", (num_rows, 2), "/adapter", 0, 8 * num_rows)
+        adapter = Adapter(
+            path="ad",
+            folder=str(folder.parent / "ad"),
+            config={},
+            pairs={},
+            full={EMBEDDING: own},
+            fingerprint="",
+        )
+        return LoadedModel("with", open_checkpoint(folder), adapter)
+
+    def test_an_embedding_of_the_adapter_counts(
+        self, base: Path, tmp_path: Path, write_token_model: Writer
+    ) -> None:
+        from raymerge.cluster.tokenizer_tokens import read_token_ids
+
+        model = self._with_adapter(base, 6)
+        assert num_rows_of(model) == 6  # whatever config.json says
+        write_token_model(tmp_path / "ad", 3, BASE_TOKENS, added=["<x>", "<y>"])
+        assert read_token_ids(model) == {**{t: i for i, t in enumerate(BASE_TOKENS)}, "<x>": 4, "<y>": 5}
+
+    def test_a_tied_head_is_the_embedding(self, base: Path) -> None:
+        model = self._with_adapter(base, 4)
+        assert find_counterpart(model, EMBEDDING) == model.adapter.full[EMBEDDING]
+        del model.checkpoint.tensors["lm_head.weight"]
+        found = find_counterpart(model, "lm_head.weight")
+        assert found is not None and found.name == EMBEDDING
