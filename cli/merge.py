@@ -21,11 +21,16 @@ from raymerge.cli.shared import recipe_options
 @click.option("--in-process", is_flag=True, help="Merge in this process, without Ray.")
 @click.option("--workers", type=int, help="Merge workers [default: one per GPU, or per core up to 16].")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to merge."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to merge.",
 )
 @recipe_options
 @click.option("--resume", is_flag=True, help="Go on with an unfinished run for OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, or drop an unfinished run for it.")
+@click.option("--fsync", is_flag=True, help="Flush OUT to the disk before it gets its name.")
 @click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity, with a warning.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
@@ -60,7 +65,8 @@ def merge_command(
         )
     except KeyboardInterrupt:
         click.echo(
-            f"\ninterrupted; finished tasks are kept: go on with the same command and --resume ({out})", err=True
+            f"\ninterrupted; finished tasks are kept: go on with the same command and --resume ({out})",
+            err=True,
         )
         raise SystemExit(130) from None
     if as_json:
@@ -74,5 +80,9 @@ def merge_command(
             f"merged into {places} in {result.seconds:.1f} s: {gib(totals.read_bytes)} read, "
             f"{gib(totals.write_bytes)} written, {moved / result.seconds / 1e9:.2f} GB/s over all, "
             f"{result.num_workers} workers on {result.device}"
-            + (f", {result.num_resumed:,} of {result.num_tasks:,} tasks resumed" if result.num_resumed else "")
+            + (
+                f", {result.num_resumed:,} of {result.num_tasks:,} tasks resumed"
+                if result.num_resumed
+                else ""
+            )
         )

@@ -24,7 +24,7 @@ from raymerge.merge_actors.checkpoint.adapter import open_adapter
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
-from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.merge_actors.task import HubModel
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
@@ -148,12 +148,23 @@ def _open_models(
         place = (ref.path, ref.revision)
         if place not in checkpoints:
             checkpoints[place] = open_checkpoint(folder_of(ref), allow_pickle=options.allow_pickle)
+            _refuse_quantised(checkpoints[place])
         adapter = None
         if ref.adapter is not None:
             folder = folder_of(ref.adapter)
             adapter = open_adapter(folder, checkpoints[place], allow_pickle=options.allow_pickle)
         models[ref.key] = LoadedModel(ref.key, checkpoints[place], adapter)
     return models, hub_models
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    quantisation = checkpoint.config.get("quantization_config")
+    if quantisation:
+        kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise CheckpointError(
+            f"model {checkpoint.path} is quantised ({kind}): its tensors are codes and scales, not weights; merge "
+            "the original checkpoint, or dequantise it first"
+        )
 
 
 def _refs_of(recipe: Recipe) -> list[ModelRef]:

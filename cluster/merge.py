@@ -22,7 +22,7 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress
 from raymerge.cluster.recipe import Recipe
-from raymerge.cluster.run_folder import RunFolder, write_index
+from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.worker_group import WorkerGroup
 from raymerge.merge_actors.task import PieceReport, RunContext
 
@@ -213,6 +213,8 @@ class _Run:
                 self.remark(f"{plan.recipe.name}: {line}")
             write_manifest(plan.folder, make_manifest(plan, used, reports.get(number, []), figures))
             write_index(plan.folder, plan.layout)
+            if self.options.fsync:
+                sync_folder(plan.folder)
 
 
 def _silent(totals: Totals) -> None:

@@ -32,6 +32,8 @@ class MergeOptions:
     """Go on with an unfinished run for the same OUT."""
     overwrite: bool = False
     """Replace OUT, and drop an unfinished run."""
+    fsync: bool = False
+    """Flush the output to the disk before it gets its name: safe against a loss of power too."""
     allow_nan: bool = False
     """Merge inputs that hold NaN or infinity."""
     allow_pickle: bool = False

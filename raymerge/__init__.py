@@ -32,8 +32,8 @@ def merge(
         out: the output folder; with several recipes, one folder each in it.
         strict: refuse recipe keys that have no effect.
         options: fields of `raymerge.cluster.options.MergeOptions`: address, in_process, workers,
-            device, slice_mib, dtype, out_shard_size, seed, resume, overwrite, allow_nan,
-            allow_pickle.
+            device, slice_mib, dtype, out_shard_size, seed, resume, overwrite, fsync,
+            allow_nan, allow_pickle.
 
     Raises:
         RaymergeError: with one sentence for the user; `out` is then as it was before.
