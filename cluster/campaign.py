@@ -54,6 +54,7 @@ class PlannedWave:
         for key, model in sorted(self.models.items()):
             adapter = model.adapter.fingerprint if model.adapter else ""
             digest.update(f"{key}={model.checkpoint.fingerprint}+{adapter}\n".encode())
+        digest.update(repr(self.vocabularies).encode())
         digest.update(repr((self.plan.slice_bytes, len(self.plan.tasks))).encode())
         return digest.hexdigest()
 
@@ -118,6 +119,7 @@ def plan_wave(
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
         tensors, said = match(recipe, models, vocabulary)
+        said += vocabulary.remarks if vocabulary else ()
         remarks += [f"{recipe.name}: {remark}" for remark in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
         plans.append(

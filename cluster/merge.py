@@ -148,6 +148,7 @@ class _Run:
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave)
+        self._write_metadata(wave)
         self.num_tasks += len(plan.tasks)
         self.num_resumed += len(journal.done)
         progress = Progress(
@@ -186,6 +187,14 @@ class _Run:
             self.folder.preallocate(recipe.folder, recipe.layout)
         return Journal.create(path, wave.fingerprint, {"num_tasks": len(wave.plan.tasks)})
 
+    def _write_metadata(self, wave: PlannedWave) -> None:
+        """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
+        for plan, vocabulary in zip(wave.plan.recipes, wave.vocabularies, strict=True):
+            for line in write_metadata_files(
+                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary
+            ):
+                self.remark(f"{plan.recipe.name}: {line}")
+
     def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
         hub_folders = {model.folder for model in wave.hub_models}
         folders = {model.checkpoint.folder for model in wave.models.values()} - hub_folders
@@ -200,17 +209,13 @@ class _Run:
         )
 
     def _finish_outputs(self, wave: PlannedWave, journal: Journal, figures: dict[str, Any]) -> None:
-        """Write what belongs beside the weights; the index comes last."""
+        """Write the manifest, and last the index."""
         reports: dict[int, list[PieceReport]] = {}
         for report in journal.done.values():
             for piece in report.pieces:
                 reports.setdefault(piece.recipe, []).append(piece)
         for number, plan in enumerate(wave.plan.recipes):
             used = {ref.key: wave.models[ref.key] for ref in plan.recipe.all_models()}
-            for line in write_metadata_files(
-                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, wave.vocabularies[number]
-            ):
-                self.remark(f"{plan.recipe.name}: {line}")
             write_manifest(plan.folder, make_manifest(plan, used, reports.get(number, []), figures))
             write_index(plan.folder, plan.layout)
             if self.options.fsync:
