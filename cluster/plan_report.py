@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from raymerge.cluster.campaign import PlannedWave, RecipeSource, plan_wave, read_recipes, waves
+from raymerge.cluster.campaign import (
+    PlannedWave,
+    RecipeSource,
+    collector_paused,
+    plan_wave,
+    read_recipes,
+    waves,
+)
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan
 from raymerge.cluster.progress import gib
@@ -17,6 +24,7 @@ _NUM_LANES = 2
 _PROCESS_BYTES = 450 << 20
 
 
+@collector_paused()
 def plan_report(
     recipes: Sequence[RecipeSource], options: MergeOptions, *, strict: bool = False
 ) -> dict[str, Any]:
