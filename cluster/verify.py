@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -111,18 +112,28 @@ def _read_manifest(folder: str) -> dict[str, Any]:
             f"{path} has the format_version {manifest.get('format_version')!r}, this raymerge reads "
             f"{FORMAT_VERSION}; use the raymerge that wrote it"
         )
-    try:
-        for name, num_bytes in manifest["files"].items():
-            assert isinstance(name, str) and isinstance(num_bytes, int)
-        for row in manifest["tensors"].values():
-            assert row["file"] in manifest["files"] and isinstance(row["dtype"], str)
-            assert tuple(row["shape"]) is not None and row["checksum_chunk_bytes"] > 0
-            int(row["checksum"], 16)
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise VerifyError(
-            f"{path} is damaged: its files or tensors are not as raymerge writes them"
-        ) from error
+    files, rows = manifest.get("files"), manifest.get("tensors")
+    is_whole = (
+        isinstance(files, dict)
+        and isinstance(rows, dict)
+        and all(isinstance(num_bytes, int) for num_bytes in files.values())
+        and all(_is_whole_row(row) and row["file"] in files for row in rows.values())
+    )
+    if not is_whole:
+        raise VerifyError(f"{path} is damaged: its files or tensors are not as raymerge writes them")
     return manifest  # type: ignore[no-any-return]
+
+
+def _is_whole_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("dtype"), str)
+        and isinstance(row.get("shape"), list)
+        and isinstance(row.get("file"), str)
+        and re.fullmatch("[0-9a-f]{16}", str(row.get("checksum"))) is not None
+        and isinstance(row.get("checksum_chunk_bytes"), int)
+        and row["checksum_chunk_bytes"] > 0
+    )
 
 
 def _check_headers(folder: str, manifest: Mapping[str, Any]) -> dict[str, TensorInfo]:
