@@ -205,7 +205,7 @@ def _merge_seconds(
         if is_cold:
             evict([file for model in models for file in weight_files(model)])
         begin = time.perf_counter()
-        raymerge.merge(recipe, out, workers=options.workers, device=device, in_process=True)
+        raymerge.merge(recipe, out, workers=options.workers, device=device, in_process=True, overwrite=True)
         seconds.append(time.perf_counter() - begin)
     return Spread.of(seconds)
 

@@ -12,8 +12,9 @@ _IN_PROCESS = """
 import sys, time
 import torch
 import raymerge
+options = {"workers": int(sys.argv[3]), "device": "cpu", "in_process": True, "overwrite": True}
 begin = time.perf_counter()
-raymerge.merge(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), device="cpu", in_process=True)
+raymerge.merge(sys.argv[1], sys.argv[2], **options)
 print(time.perf_counter() - begin)
 """
 
@@ -22,7 +23,18 @@ def raymerge_merge(recipe: Path, out: Path, workers: int, cluster: LocalCluster 
     """Run `raymerge merge` with its own Ray, or on a cluster."""
     command = Path(sys.executable).parent / "raymerge"
     return run(
-        [command, "merge", recipe, out, "--workers", str(workers), "--device", "cpu", "--quiet"],
+        [
+            command,
+            "merge",
+            recipe,
+            out,
+            "--workers",
+            str(workers),
+            "--device",
+            "cpu",
+            "--quiet",
+            "--overwrite",
+        ],
         variables=cluster.variables if cluster else AUTHENTICATION,
         other_roots=[cluster.pid] if cluster else [],
     )
