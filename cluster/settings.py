@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from raymerge.cluster.method_parameters import NO_SPARSIFIER, MethodParameters, parameters_of
+from raymerge.cluster.method_parameters import NO_SPARSIFIER, MethodParameters, find_sparsifier, parameters_of
 from raymerge.cluster.origin import join
 from raymerge.cluster.recipe import LayerSlice, Module, Recipe, Setting, SourceUse
 from raymerge.merge_actors.errors import RecipeError
@@ -157,6 +157,7 @@ class SliceResolver:
             return self.interned[content]
         settings = Settings(shared=shared, models=models)
         broken = self.method.check(settings) if self.method.check else None
+        broken = broken or _broken_step(settings)
         if broken:
             at = self.recipe.origin.at(self.layers.where or "merge_method")
             where = f" for the tensor {tensor_name}" if tensor_name else ""
@@ -201,6 +202,17 @@ class SliceResolver:
         return RecipeError(
             f"{at}: {self.method.name} needs {parameter.name!r}{whose}{where}; give it under {places}."
         )
+
+
+def _broken_step(settings: Settings) -> str | None:
+    """Return what is wrong with a sparsifying step that the recipe asks for, if anything is."""
+    for model in settings.models:
+        asked: Any = model.get("sparsify")
+        check = find_sparsifier(asked["method"]).check if asked else None
+        broken = check(asked) if check else None
+        if broken:
+            return f"sparsify: {broken}"
+    return None
 
 
 def _first_value(name: str, levels: Sequence[Level], tensor_name: str) -> Any:

@@ -1,7 +1,7 @@
 """A block: one run of elements of one tensor in every model, as a formula sees it.
 
-Tensors are processed in units of about 65,536 elements, small enough for their float32
-copies to stay in a core's cache. A unit is a fixed piece of the tensor (`unit_elements`
+Tensors are processed in units of about 262,144 elements: small enough for their float32
+copies to stay in cache, large enough that Python's cost per operation does not count. A unit is a fixed piece of the tensor (`unit_elements`
 counts from the tensor's first element), so sums taken per unit never depend on how the
 tensor was cut into slices. On a CPU a block is one unit; on a GPU it is many.
 """
@@ -22,8 +22,8 @@ from raymerge.merge_actors.randomness import step_key
 if TYPE_CHECKING:
     import torch
 
-#: Elements of a unit: float32 scratch of this length fits a core's second-level cache.
-UNIT = 1 << 16
+#: Elements of a unit: 1 MiB of float32 scratch, some of which fit a cache at once.
+UNIT = 1 << 18
 #: A row longer than this is cut like a flat tensor by elementwise methods.
 _LONGEST_ROW = 1 << 20
 
@@ -108,6 +108,7 @@ class Block:
         state: State,
         pool: Pool,
         is_rowwise: bool,
+        raw_statistics_P: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         import torch
 
@@ -122,6 +123,7 @@ class Block:
         self.state = state
         self._raw_base_P = raw_base_P
         self._raw_models_P = raw_models_P
+        self._raw_statistics_P = raw_statistics_P
         self._stages = stages
         self._pool = pool
         columns = max(1, shape[-1]) if len(shape) else 1
@@ -194,6 +196,12 @@ class Block:
             self._pool.release(mark)
         return delta
 
+    def statistic(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what was measured for each element of model `index`, in `out` or in fresh scratch."""
+        raw_P = self._raw_statistics_P[index] if self._raw_statistics_P else None
+        assert raw_P is not None, index
+        return self._convert(raw_P, self.scratch() if out is None else out)
+
     def step_key(self, index: int, step: int) -> int:
         """Return the key of the random stream of one sparsifying step of model `index`."""
         return step_key(self.keys[index], step)
@@ -218,24 +226,28 @@ class Block:
         """Sum `values` (of the block's shape) over each unit, in float64: shape (units,)."""
         import torch
 
-        flat = values.reshape(-1)
-        whole = flat.numel() // self.unit * self.unit
-        sums = [flat[:whole].view(-1, self.unit).sum(dim=1, dtype=torch.float64)] if whole else []
-        if whole < flat.numel():
-            sums.append(flat[whole:].sum(dtype=torch.float64).view(1))
-        return torch.cat(sums).cpu().numpy() if sums else np.zeros(0)
+        return self._sum_units(self._pool.take(self.num_elements, torch.float64).copy_(values.reshape(-1)))
+
+    def _sum_units(self, flat_P: torch.Tensor) -> NDArray[np.float64]:
+        """Sum a float64 vector over each unit; it is overwritten."""
+        whole = self.num_elements // self.unit * self.unit
+        parts = [flat_P[:whole].view(-1, self.unit)] if whole else []
+        if whole < self.num_elements:
+            parts.append(flat_P[whole:].view(1, -1))
+        sums = [sum_rows(part).cpu().numpy() for part in parts]
+        return np.concatenate(sums) if sums else np.zeros(0)
 
     def unit_dots(self, first: torch.Tensor, second: torch.Tensor) -> NDArray[np.float64]:
         """Dot two tensors over each unit, products and sums in float64: shape (units,)."""
         import torch
 
-        left = self._pool.take(self.num_elements, torch.float64)
-        left.copy_(first.reshape(-1))
-        if first is second:
-            left.mul_(left)
+        product = self._pool.take(self.num_elements, torch.float64)
+        if first.dtype == torch.float64 == second.dtype:
+            torch.mul(first.reshape(-1), second.reshape(-1), out=product)
         else:
-            left.mul_(second.reshape(-1))
-        return self.unit_sums(left)
+            product.copy_(first.reshape(-1))
+            product.mul_(product if first is second else second.reshape(-1))
+        return self._sum_units(product)
 
     def _convert(self, raw_P: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if out is None:
@@ -250,3 +262,28 @@ def fsum_columns(summaries: Iterable[NDArray[np.float64]]) -> list[float]:
     table = np.concatenate(list(summaries))
     columns = table.T if table.ndim == 2 else table[np.newaxis]
     return [math.fsum(column) for column in columns.tolist()]
+
+
+def sum_rows(values_RC: torch.Tensor) -> torch.Tensor:
+    """Sum each row of a float64 matrix, always in the same order; `values_RC` is overwritten.
+
+    torch's own sum splits a lone row among its threads, and picks its order on a GPU by the
+    number of rows, so a sum would depend on the machine's cores and on the slice.
+    """
+    import torch
+
+    if values_RC.device.type == "cpu":
+        return torch.from_numpy(np.add.reduce(values_RC.numpy(), axis=1))
+    return halve_rows(values_RC)
+
+
+def halve_rows(values_RC: torch.Tensor) -> torch.Tensor:
+    """Sum each row by adding its second half to its first until one column is left."""
+    columns = values_RC.shape[1]
+    if columns == 0:
+        return values_RC.sum(dim=1)
+    while columns > 1:
+        half = columns // 2
+        values_RC[:, :half] += values_RC[:, columns - half : columns]
+        columns -= half
+    return values_RC[:, 0].clone()

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from raymerge.merge_actors.methods.block import sum_rows
+
 if TYPE_CHECKING:
     import torch
 
@@ -97,44 +99,8 @@ def weighted_sum(block: Block, factors: Sequence[float | torch.Tensor], of: Vect
     return total.add_(block.base()) if of == "offsets" and block.has_base else total
 
 
-def sum_rows(values_RC: torch.Tensor) -> torch.Tensor:
-    """Sum each row of a float64 matrix, always in the same order; `values_RC` is overwritten.
-
-    torch's own sum splits a lone row among its threads, and picks its order on a GPU by the
-    number of rows, so a sum would depend on the machine's cores and on the slice.
-    """
-    import torch
-
-    if values_RC.device.type == "cpu":
-        return torch.from_numpy(np.add.reduce(values_RC.numpy(), axis=1))
-    return halve_rows(values_RC)
-
-
-def halve_rows(values_RC: torch.Tensor) -> torch.Tensor:
-    """Sum each row by adding its second half to its first until one column is left."""
-    columns = values_RC.shape[1]
-    if columns == 0:
-        return values_RC.sum(dim=1)
-    while columns > 1:
-        half = columns // 2
-        values_RC[:, :half] += values_RC[:, columns - half : columns]
-        columns -= half
-    return values_RC[:, 0].clone()
-
-
 def _unit_dots(block: Block, vectors: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-    import torch
-
-    product = block.scratch(torch.float64)
-    columns = []
-    for i, j in _pairs(len(vectors)):
-        flat_P = torch.mul(vectors[i], vectors[j], out=product).reshape(-1)
-        whole = flat_P.numel() // block.unit * block.unit
-        parts = [flat_P[:whole].view(-1, block.unit)] if whole else []
-        if whole < flat_P.numel():
-            parts.append(flat_P[whole:].view(1, -1))
-        columns.append(np.concatenate([sum_rows(part).cpu().numpy() for part in parts]))
-    return np.stack(columns, axis=1)
+    return np.stack([block.unit_dots(vectors[i], vectors[j]) for i, j in _pairs(len(vectors))], axis=1)
 
 
 def _read(block: Block, index: int, of: Vectors, out: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A method file holds its formula as plain functions of a `Block` (a run of elements of one
 tensor in every model, float32) and one `Method` value that declares the rest. The registry
-in `methods/__init__.py` lists the values; nothing registers itself.
+in `methods/__init__.py` lists the values; nothing registers itself. A method of kind "solve" (RegMean)
+merges the matrices that have a statistic as a whole; its formula serves the other tensors.
 
 A formula that needs a quantity of the whole tensor (a norm, a threshold) gets it from
 `prepare`: a generator that yields `Measure`s, is sent one summary per slice in the order
@@ -108,7 +109,13 @@ class Method:
 
     name: str
     merge: Callable[[Block], torch.Tensor]
-    """The formula: a block in, float32 of the block's shape out."""
+    """The formula: a block in, float32 of the block's shape out. Of a method that solves: the formula for
+    tensors that have no statistic."""
+    kind: Literal["block", "solve"] = "block"
+    """Is every tensor merged block by block, or are those with a statistic solved for as matrices?"""
+    statistic: Literal["gram", "fisher"] | None = None
+    """What each model's data must have been measured for: Gram matrices of the inputs of its linear maps, or
+    a Fisher value per element, which a block then carries."""
     parameters: tuple[Parameter, ...] = ()
     prepare: Callable[[Settings], Prepare | None] | None = None
     sparsifier: Sparsifier | None = None

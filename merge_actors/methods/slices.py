@@ -46,6 +46,8 @@ class TensorSlice:
     keys: Sequence[int]
     """Key of each model's random stream for this tensor."""
     pool: Pool
+    statistics_P: Sequence[torch.Tensor | None] | None = None
+    """Of each model what was measured per element (Fisher), flat, any float dtype; None without."""
 
     @property
     def split(self) -> str:
@@ -80,6 +82,9 @@ class TensorSlice:
                 state=state.method,
                 pool=self.pool,
                 is_rowwise=split == "rowwise",
+                raw_statistics_P=None
+                if self.statistics_P is None
+                else [None if each is None else each[at:stop] for each in self.statistics_P],
             )
 
     def measure(self, measure: Measure, state: TensorState) -> Summary:
@@ -131,6 +136,7 @@ def merge_tensors(
     tensor_name: str = "tensor",
     model_names: Sequence[str] | None = None,
     slice_units: int | None = None,
+    statistics: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Merge whole tensors in memory: what a run does, for one tensor, without files.
 
@@ -144,6 +150,7 @@ def merge_tensors(
         tensor_name: enters the random streams.
         model_names: enter the random streams; default "0", "1", ...
         slice_units: cut into slices of so many units (the result does not depend on it).
+        statistics: per model what was measured for each element, of the tensor's shape.
 
     Returns:
         The merged tensor, in the compute dtype (float32, or float64 for float64 inputs).
@@ -167,6 +174,9 @@ def merge_tensors(
             models_P=[model.reshape(-1)[at : at + step] for model in models],
             keys=[stream_key(seed, name, tensor_name) for name in names],
             pool=pool,
+            statistics_P=None
+            if statistics is None
+            else [each.reshape(-1)[at : at + step] for each in statistics],
         )
         for at in range(0, max(1, total), step)
     ]

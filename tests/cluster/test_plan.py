@@ -26,13 +26,23 @@ from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
-from raymerge.merge_actors.methods.block import unit_elements
+from raymerge.merge_actors.methods.block import UNIT, unit_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import Job, MergeTask, Piece, Read
 
 KIB = 1 << 10
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with units of 65,536 elements, so that the examples stay small."""
+    monkeypatch.setattr("raymerge.merge_actors.methods.block.UNIT", 1 << 16)
+
+
+#: A shape of two units.
+CUT = (2 * UNIT // 1024, 1024)
 #: name -> (dtype, shape)
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -196,52 +206,54 @@ def test_small_tensors_share_a_task() -> None:
 
 def test_large_tensor_is_cut_at_units() -> None:
     """A tensor over the slice is cut into runs of whole units; its method needs no state."""
-    header = {"w": ("F32", (200, 1000))}  # a unit is 65 rows
+    rows = UNIT // 1000  # of a unit
+    total = (3 * rows + 5) * 1000
+    header = {"w": ("F32", (3 * rows + 5, 1000))}
     models = {name: checkpoint(name, header) for name in ("one", "two")}
-    plan = plan_of([linear("mean", ["one", "two"])], models, 2 * 65_000 * 4 + 100)
+    plan = plan_of([linear("mean", ["one", "two"])], models, 2 * rows * 1000 * 4 + 100)
     assert_sound(plan)
     assert [[(p.begin, p.end) for p in task.pieces] for task in plan.tasks] == [
-        [(0, 130_000)],
-        [(130_000, 200_000)],
+        [(0, 2 * rows * 1000)],
+        [(2 * rows * 1000, total)],
     ]
     assert plan.states == ()
 
 
 def test_one_unit_is_never_cut() -> None:
-    header = {"w": ("F32", (4, 70_000))}  # a row is more than the slice
-    models = {name: checkpoint(name, header) for name in ("one", "two")}
+    columns = UNIT + 5  # a row is a unit, and more than the slice
+    models = {name: checkpoint(name, {"w": ("F32", (4, columns))}) for name in ("one", "two")}
     plan = plan_of([linear("mean", ["one", "two"])], models, KIB)
     assert_sound(plan)
-    assert [task.pieces[0].begin for task in plan.tasks] == [0, 70_000, 140_000, 210_000]
+    assert [task.pieces[0].begin for task in plan.tasks] == [0, columns, 2 * columns, 3 * columns]
 
 
 def test_cut_tensor_is_measured_first() -> None:
     """TIES needs a threshold over the tensor: the cut tensor has a state, the whole one has none."""
-    header = {"cut": ("F32", (128, 1024)), "whole": ("F32", (8, 8))}
+    header = {"cut": ("F32", CUT), "whole": ("F32", (8, 8))}
     models = {name: checkpoint(name, header) for name in ("base", "one", "two")}
-    plan = plan_of([ties("ties", ["one", "two"])], models, 256 * KIB)
+    plan = plan_of([ties("ties", ["one", "two"])], models, 4 * UNIT)
     assert_sound(plan)
     (state,) = plan.states
-    assert (state.number, state.num_elements, state.is_model_wide, state.known) == (0, 131_072, False, None)
+    assert (state.number, state.num_elements, state.is_model_wide, state.known) == (0, 2 * UNIT, False, None)
     assert [(p.begin, p.end, len(p.reads), len(p.jobs)) for p in state.pieces] == [
-        (0, 65_536, 3, 1),
-        (65_536, 131_072, 3, 1),
+        (0, UNIT, 3, 1),
+        (UNIT, 2 * UNIT, 3, 1),
     ]
     assert [task.states for task in plan.tasks] == [(0,), (0,), ()]
     assert [[job.state for p in task.pieces for job in p.jobs] for task in plan.tasks] == [[0], [0], [None]]
 
 
 def test_model_wide_trim_is_one_state_that_comes_first() -> None:
-    header = {"cut": ("F32", (128, 1024)), "whole": ("F32", (8, 8)), "steps": ("I64", (3,))}
+    header = {"cut": ("F32", CUT), "whole": ("F32", (8, 8)), "steps": ("I64", (3,))}
     models = {name: checkpoint(name, header) for name in ("base", "one", "two")}
-    plan = plan_of([ties("ties", ["one", "two"], trim="model")], models, 256 * KIB)
+    plan = plan_of([ties("ties", ["one", "two"], trim="model")], models, 4 * UNIT)
     assert_sound(plan)
     wide = plan.states[0]
     assert wide.is_model_wide
-    assert wide.num_elements == 131_072 + 64  # the integers are copied, not trimmed
+    assert wide.num_elements == 2 * UNIT + 64  # the integers are copied, not trimmed
     assert [state.known for state in plan.states[1:]] == [0] * (len(plan.states) - 1)
     waits = [{piece.shape: task.states for piece in task.pieces} for task in plan.tasks]
-    assert waits == [{(128, 1024): (1,)}, {(128, 1024): (1,)}, {(8, 8): (0,), (3,): (0,)}]
+    assert waits == [{CUT: (1,)}, {CUT: (1,)}, {(8, 8): (0,), (3,): (0,)}]
 
 
 def test_campaign_reads_shared_inputs_once() -> None:
@@ -300,7 +312,7 @@ def test_plan_depends_on_nothing_but_its_input() -> None:
     assert plan_of(recipes, models, KIB).tasks == plan_of(recipes, models, KIB).tasks
 
 
-_SHAPES = st.lists(st.integers(0, 400), max_size=3).map(tuple)
+_SHAPES = st.lists(st.integers(0, 900), max_size=3).map(tuple)
 _DTYPES = st.sampled_from(["F32", "BF16", "F16", "F8_E4M3", "F64", "I64", "BOOL"])
 _METHODS = st.sampled_from(["linear", "ties", "ties over the model", "nuslerp", "sce"])
 

@@ -226,3 +226,15 @@ def test_many_tensors_are_resolved_quickly(small_registry: Registry) -> None:
             resolve(recipe, module, layers, small_registry["ties"], name, layer / 59)
     # 45,000 tensors take 0.1 s on the machine of the authors
     assert time.process_time() - begin < 2.0
+
+
+def test_a_sparsifying_step_of_the_recipe_obeys_its_own_rule():
+    text = """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 1, sparsify: {method: della, density: 0.1}}
+"""
+    with pytest.raises(RecipeError, match=r"sparsify: density 0.1 with epsilon 0.15 gives keep probabilities"):
+        load_recipes(text)

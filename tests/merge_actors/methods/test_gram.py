@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from raymerge.merge_actors.methods.gram import collect_dots, gram_matrix, halve_rows, sum_rows
+from raymerge.merge_actors.methods.block import halve_rows, sum_rows
+from raymerge.merge_actors.methods.gram import collect_dots, gram_matrix
 
 
 @pytest.fixture
