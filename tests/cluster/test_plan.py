@@ -33,16 +33,6 @@ from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import Job, MergeTask, Piece, Read
 
 KIB = 1 << 10
-
-
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan with units of 65,536 elements, so that the examples stay small."""
-    monkeypatch.setattr("raymerge.merge_actors.methods.block.UNIT", 1 << 16)
-
-
-#: A shape of two units.
-CUT = (2 * UNIT // 1024, 1024)
 #: name -> (dtype, shape)
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
