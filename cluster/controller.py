@@ -97,6 +97,8 @@ class Controller:
         self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
         self.totals = Totals()
         self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
+        #: tasks whose states are being gathered, in the order of the plan
+        self._aside: list[MergeTask] = []
         #: states that some unfinished task still needs -> how many tasks
         self._needed: dict[int, int] = {}
         for task in self._waiting:
@@ -115,7 +117,7 @@ class Controller:
             RaymergeError: what a worker raised for the user; nothing is committed then.
             ClusterError: workers were lost too often.
         """
-        while self._waiting or self._urgent or any(self._load.values()):
+        while self._waiting or self._aside or self._urgent or any(self._load.values()):
             self._hand_out()
             for event in self._group.wait(_WAIT_SECONDS):
                 self._take_in(event)
@@ -139,24 +141,24 @@ class Controller:
     def _next(self) -> Instruction | None:
         """Return what to do next: what was lost or asked first, then the first ready merge task.
 
-        A task whose states are unknown starts their gathering and steps aside; it is looked at
-        again when they are known. A few such tasks may be under way at once.
+        A task whose states are unknown starts their gathering and steps aside; as soon as one is
+        known it is looked at again, before the tasks behind it. A few may be gathered at once.
         """
-        if self._urgent:
-            return self._urgent.popleft()
-        for _ in range(len(self._waiting)):
+        while not self._urgent:
+            if not self._waiting:
+                return None
             task = self._waiting[0]
             missing = [state for state in task.states if state not in self._states]
             if not missing:
                 return self._waiting.popleft()
-            if not self._gather(missing):
+            has_room = self._gather(missing)
+            if self._waiting[0] is not task:
+                continue  # a state was known at once: what had stepped aside is in front again
+            if not has_room:
                 return None
-            if self._urgent:
-                return self._urgent.popleft()
-            if all(state in self._states for state in task.states):
-                continue
-            self._waiting.rotate(-1)
-        return None
+            if any(state not in self._states for state in missing):
+                self._aside.append(self._waiting.popleft())
+        return self._urgent.popleft()
 
     def _gather(self, states: list[int]) -> bool:
         """Start gathering states if not too many are under way; False if there is no room."""
@@ -190,6 +192,8 @@ class Controller:
         except StopIteration as stop:
             self._states[number] = stop.value
             del self._gathering[number]
+            self._waiting.extendleft(reversed(self._aside))
+            self._aside.clear()
             return
         gathering.answers.clear()
         asked = gathering.asked

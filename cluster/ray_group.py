@@ -22,7 +22,7 @@ from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.ray_worker import RayMergeWorker
 from raymerge.merge_actors.task import MergeTask, RunContext
 
-#: How long to wait for the cluster to give the first worker before saying what is missing.
+#: How long to wait for the cluster to give any worker before saying what is missing.
 START_SECONDS = 300.0
 #: Losses of workers that a run survives, per worker asked for.
 LOSSES_PER_WORKER = 3
@@ -40,6 +40,8 @@ class RayGroup:
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
         self._next_number = 0
         self._losses_left = LOSSES_PER_WORKER * num_workers
+        #: when there was a worker last
+        self._last_alive = 0.0
 
     def start(self, context: RunContext) -> None:
         """Ask for all actors and return when the first is ready; the others join as they come.
@@ -50,14 +52,11 @@ class RayGroup:
         self._context = ray.put(context)
         for _ in range(self._num_workers):
             self._launch()
-        deadline = time.monotonic() + START_SECONDS
+        self._last_alive = time.monotonic()
         while not self._actors:
             for event in self.wait(1.0):
                 if isinstance(event, Failed):
                     raise event.error
-            if time.monotonic() > deadline or not self._starting:
-                self.close()
-                raise ClusterError(_shortage(self._options, self._num_workers))
 
     def workers(self) -> tuple[int, ...]:
         """Return the numbers of the actors that are ready."""
@@ -73,10 +72,16 @@ class RayGroup:
         self._in_flight[reference] = (worker, instruction)
 
     def wait(self, timeout_seconds: float) -> list[Event]:
-        """Return finished, failed and lost instructions; start a replacement for a lost actor."""
+        """Return finished, failed and lost instructions; start a replacement for a lost actor.
+
+        Raises:
+            ClusterError: for a long time there was no worker at all, or too many were lost.
+        """
+        if self._actors:
+            self._last_alive = time.monotonic()
+        elif time.monotonic() - self._last_alive > START_SECONDS:
+            raise ClusterError(_shortage(self._options, self._num_workers))
         waiting = [*self._in_flight, *self._starting]
-        if not waiting:
-            return []
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready:  # everything else that is there already, in one sweep
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
