@@ -20,6 +20,7 @@ def verify_command(out: str, load: bool, as_json: bool) -> None:
     tokenizer and weights load in transformers (code of a checkpoint is never run). OUT is the
     folder of one merge, or of a campaign. Exits with 1 at the first difference.
     """
+    from raymerge.cluster.compare import counted
     from raymerge.cluster.verify import verify
 
     result = verify(out, load=load)
@@ -32,8 +33,8 @@ def verify_command(out: str, load: bool, as_json: bool) -> None:
     for output in result.outputs:
         rate = output.num_bytes / max(output.seconds, 1e-9) / 1e9
         line = (
-            f"{output.folder}: {output.num_tensors:,} tensors in {output.num_files:,} files as written, "
-            f"{output.num_bytes / 2**30:.2f} GiB read at {rate:.2f} GB/s"
+            f"{output.folder}: {counted(output.num_tensors, 'tensor')} in {counted(output.num_files, 'file')} "
+            f"as written, {output.num_bytes / 2**30:.2f} GiB read at {rate:.2f} GB/s"
         )
         if output.load is not None and output.load.how != "skipped":
             preposition = "as" if output.load.how == "loaded" else "with"

@@ -152,12 +152,12 @@ def _compare_vocabularies(first: str, one: Checkpoint, second: str, other: Check
         only = [token for token in mine if token not in others]
         if only:
             parts.append(
-                f"{_count(len(only), 'token')} only in {name} ({_some([repr(token) for token in only])})"
+                f"{counted(len(only), 'token')} only in {name} ({_some([repr(token) for token in only])})"
             )
     moved = [token for token, number in tokens.items() if other_tokens.get(token, number) != number]
     if moved:
         example = f"{moved[0]!r} is {tokens[moved[0]]} and {other_tokens[moved[0]]}"
-        parts.append(f"{_count(len(moved), 'token')} with another id ({example})")
+        parts.append(f"{counted(len(moved), 'token')} with another id ({example})")
     return [*found, Difference("tokenizer", "; ".join(parts))]
 
 
@@ -207,10 +207,11 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _tensors(count: int) -> str:
-    return _count(count, "tensor")
+    return counted(count, "tensor")
 
 
-def _count(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Return "1 tensor", "2,000 tensors"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 

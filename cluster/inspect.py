@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raymerge.cluster.compare import Difference, ModelSummary, compare_headers, find_tensor, summarize
+from raymerge.cluster.compare import (
+    Difference,
+    ModelSummary,
+    compare_headers,
+    counted,
+    find_tensor,
+    summarize,
+)
 from raymerge.cluster.measure import (
     QUANTILES,
     DeltaFigures,
@@ -338,8 +345,7 @@ def _remarks(names: Sequence[str], checkpoints: Sequence[Checkpoint], base: str 
         others = [info for info in checkpoint.tensors.values() if not is_float(info.dtype)]
         if others:
             remarks.append(
-                f"note: {len(others):,} tensors of {name} hold no floats ({others[0].dtype}) and were "
-                "not compared"
+                f"note: {counted(len(others), 'tensor')} of {name} without floats ({others[0].dtype}) not compared"
             )
     return remarks
 

@@ -26,8 +26,9 @@ from raymerge.stats.delta import Agreement, DeltaStatistics, measure_agreement, 
 from raymerge.stats.verdict import MatrixRow
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-#: Elements that are decoded and measured at once: their float32 copies fit a core's cache.
-_BLOCK_ELEMENTS = 1 << 18
+#: Elements that are decoded and measured at once: small enough for a core's cache, and long enough that
+#: threads seldom wait for each other between two numpy calls.
+_BLOCK_ELEMENTS = 1 << 17
 #: Elements that a thread measures before it hands its figures over.
 _PIECE_ELEMENTS = 1 << 22
 #: Length of a strip when a tensor is sampled, and tensors that are always read whole.

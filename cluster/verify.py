@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raymerge.cluster.compare import counted
 from raymerge.cluster.load_check import LoadCheck, check_load
 from raymerge.cluster.manifest import FORMAT_VERSION
 from raymerge.cluster.parallel import map_in_order, num_usable_threads
@@ -279,8 +280,7 @@ def _remarks(folder: str, load: LoadCheck | None) -> Iterator[str]:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    count = f"{len(names):,} tensor" + ("" if len(names) == 1 else "s")
-    return f"{count} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{counted(len(names), 'tensor')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _or_verify_error(read: Any) -> Any:
