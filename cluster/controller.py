@@ -48,7 +48,6 @@ class _Gathering:
 
     plan: StatePlan
     questions: Preparation
-    asked: Round | None = None
     answers: dict[tuple[str, int], MeasureReport] = field(default_factory=dict)
 
 
@@ -188,7 +187,7 @@ class Controller:
         """Send the next round of a gathering to the workers, or store its state if it is done."""
         gathering = self._gathering[number]
         try:
-            gathering.asked = advance()
+            asked = advance()
         except StopIteration as stop:
             self._states[number] = stop.value
             del self._gathering[number]
@@ -196,7 +195,6 @@ class Controller:
             self._aside.clear()
             return
         gathering.answers.clear()
-        asked = gathering.asked
         self._urgent.extend(
             MeasureTask(state=number, piece=piece, round=asked) for piece in gathering.plan.pieces
         )
@@ -222,10 +220,8 @@ class Controller:
                 if self._needed[state] == 0 and not self._plan.states[state].is_model_wide:
                     del self._states[state]
             return
-        gathering = self._gathering.get(report.state)
+        gathering = self._gathering[report.state]
         assert isinstance(done.instruction, MeasureTask)
-        if gathering is None or done.instruction.round is not gathering.asked:
-            return  # a repeated answer to a round that is over
         job = done.instruction.piece.jobs[0]
         gathering.answers[job.tensor, report.begin] = report
         if len(gathering.answers) == len(gathering.plan.pieces):

@@ -66,7 +66,7 @@ class WorkerGroup(Protocol):
         """Hand an instruction to a worker; returns at once."""
 
     def wait(self, timeout_seconds: float) -> list[Event]:
-        """Return what happened, at the latest after the time-out."""
+        """Return what happened, at the latest after the time-out; an instruction has one event."""
 
     def close(self) -> None:
         """Stop the workers; instructions under way are given up."""

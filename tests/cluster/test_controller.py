@@ -372,24 +372,6 @@ def test_states_are_dropped_when_nobody_needs_them(tmp_path: Path) -> None:
     assert 0 < most <= 3
 
 
-def test_late_answers_of_a_lost_worker_change_nothing(tmp_path: Path) -> None:
-    """A worker that was given up for lost and still answers, maybe after the round, counts once."""
-    models = write_models(tmp_path, {"cut": LONG})
-    plan = make(tmp_path, ties_recipe(models))
-
-    class Stuttering(ScriptedGroup):
-        def wait(self, timeout_seconds: float) -> list[Event]:
-            events = super().wait(timeout_seconds)
-            (event,) = events
-            if isinstance(event, Done) and isinstance(event.instruction, MeasureTask):
-                events.append(Done(99, event.instruction, event.report))
-            return events
-
-    group = Stuttering(2, worker_of(plan))
-    Controller(plan, group, journal_of(tmp_path)).run()
-    assert_merged(plan, expected_ties(models, plan))
-
-
 @pytest.mark.parametrize("order", ["first", "random"])
 def test_model_wide_trim_measures_all_tensors_before_any_is_merged(tmp_path: Path, order: str) -> None:
     """One threshold over the model, the same for any slicing: every slice is measured first."""
