@@ -3,7 +3,7 @@
 The question: which elements are the k largest by magnitude, ties broken by the lower element
 index? A sort would need the tensor; this needs two looks at each slice:
 
-    1. a strided sample of the magnitudes (one element in 251) brackets the k-th largest one:
+    1. a strided sample of the magnitudes (one element in 127) brackets the k-th largest one:
        its rank in the sample is known to a few sigma;
     2. every unit reports how many elements lie above the bracket, how many equal its ends if the
        sample saw them often (deltas of bf16 weights are lumpy), and the other values inside the
@@ -39,7 +39,7 @@ Values = Callable[..., "torch.Tensor"]
 Patterns = NDArray[Any]
 
 #: One element in so many is sampled, ...
-_STRIDE = 251
+_STRIDE = 127
 #: ... but this many at least (smaller tensors whole) ...
 _SMALLEST_SAMPLE = 1 << 14
 #: ... and at most, over all slices: a whole model can be measured at once.
@@ -126,7 +126,7 @@ def find_cuts(
         parts = yield Measure(
             collect=collect_sample, arguments=of | {"stride": stride, "is_pointwise": is_pointwise}
         )
-        sample = np.sort(np.concatenate(_of_one_width(parts)))
+        sample = np.concatenate(_of_one_width(parts))
         searches = {rank: _search(rank, sample, num_elements) for rank in wanted}
         questions = {rank: next(search) for rank, search in searches.items()}
         while questions:
@@ -306,22 +306,16 @@ def _bracket(rank: int, sample: Patterns, num_elements: int, largest: int) -> tu
     margin = 0.0 if is_whole else _SIGMAS * math.sqrt(len(sample) * share * (1 - share)) + 2
     from_end = len(sample) - share * len(sample)
     first, last = math.floor(from_end - margin), math.floor(from_end + margin)
-    low = int(sample[first]) if first >= 0 else 0
-    high = int(sample[last]) if last < len(sample) else largest
-    counts = {end: _count(sample, end) for end in (low, high)}
+    places = [at for at in (first, last) if 0 <= at < len(sample)]
+    ordered = np.partition(sample, places) if places else sample
+    low = int(ordered[first]) if first >= 0 else 0
+    high = int(ordered[last]) if last < len(sample) else largest
+    counts = {end: int(np.count_nonzero(sample == sample.dtype.type(end))) for end in (low, high)}
     lumps = tuple(sorted(end for end, count in counts.items() if is_whole or count > _LUMP * len(sample)))
-    num_inside = int(
-        np.searchsorted(sample, sample.dtype.type(high), "right")
-        - np.searchsorted(sample, sample.dtype.type(low))
-    )
+    is_inside = (sample >= sample.dtype.type(low)) & (sample <= sample.dtype.type(high))
+    num_inside = int(np.count_nonzero(is_inside))
     num_inside -= sum(counts[lump] for lump in lumps)
     return Question(low, high, lumps), num_inside * num_elements / len(sample)
-
-
-def _count(ascending: Patterns, value: int) -> int:
-    key = ascending.dtype.type(value)
-    begin, end = (np.searchsorted(ascending, key, side) for side in ("left", "right"))
-    return int(end - begin)
 
 
 def _narrowed(rank: int, low: int, high: int, largest: int) -> Generator[Question, list[Answer], Question]:

@@ -108,8 +108,8 @@ def make(kind: str, num_elements: int, seed: int) -> torch.Tensor:
             return normal * torch.tensor(10.0) ** torch.randint(-44, 38, (num_elements,), generator=generator)
         case "sorted":
             return normal.sort().values
-        case "hidden from the sample":  # large exactly where a stride of 61 or 251 does not look
-            return torch.where(torch.arange(num_elements) % UNIT % 251 % 61 == 0, 1e-3 * normal, normal)
+        case "hidden from the sample":  # large exactly where a stride of 61 or 127 does not look
+            return torch.where(torch.arange(num_elements) % UNIT % 127 % 61 == 0, 1e-3 * normal, normal)
         case _:
             raise AssertionError(kind)
 
