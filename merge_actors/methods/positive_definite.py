@@ -8,7 +8,7 @@ before does not do:
 2. float64, kept if it is at most 2^24;
 3. float64 with a ridge ("jitter") on the unit diagonal, 2^-22 of the greatest eigenvalue and
    tenfold more until it succeeds. Grams are kept in float32, so directions weaker than that
-   are rounding, and the ridge leaves them where the right-hand side is measured from.
+   are rounding, and the ridge keeps the solution small along them.
 
 A feature whose diagonal is 0 was never active: its row and column are 0, and so is its solution.
 
@@ -61,7 +61,7 @@ class FactorReport:
 
     @property
     def is_rank_deficient(self) -> bool:
-        """Return whether the data leave some directions open, which then stay at the mean."""
+        """Return whether the data leave some directions open, which then stay near the mean."""
         return self.jitter > 0
 
 

@@ -33,7 +33,7 @@ def solve_regmean(
 ) -> tuple[torch.Tensor, FactorReport]:
     """Merge one matrix: W* = (sum_m c_m W_m G~_m) (sum_m c_m G~_m)^-1, G~ = alpha G + (1 - alpha) diag G.
 
-    Jin et al. 2023, arXiv:2212.09849, eq. 2 and section 3.3; we solve for the distance from the mean
+    Jin et al. 2023, arXiv:2212.09849, section 3; we solve for the distance from the mean
     of the models. For several matrices or alphas use `GramSums`, which shares the work.
 
     Args:
@@ -75,7 +75,7 @@ def check_rows(name: str, num_rows: Sequence[int], in_features: int, alpha: floa
         return f"{found}; alpha {alpha:g} keeps them near the mean, more samples would be better."
     if not force:
         raise RecipeError(f"{found}; set alpha below 1 (0.9), take more samples, or set force: true.")
-    return f"{found}; they stay at the mean (force: true)."
+    return f"{found}; they stay near the mean (force: true)."
 
 
 def mean_of_rest(block: Block) -> torch.Tensor:

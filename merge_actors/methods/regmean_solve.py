@@ -4,8 +4,8 @@
     W* = Wbar + (sum_m c_m (W_m - Wbar) G~_m) A^-1
 
 which in exact arithmetic is RegMean, and in floating point much closer to it than the quotient of
-the sums. What the data do not determine (a feature that is never active, fewer rows than
-features) stays at the mean.
+the sums. A feature that is never active stays at the mean; directions that too few rows leave
+open stay near it, as far as the rounding of float32 Grams allows.
 
     GramSums        A for any alpha, from one pass over the Grams; one per input
     .factor(alpha)  one factorisation, for all matrices that share the input (q, k, v) and all rows
