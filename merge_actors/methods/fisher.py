@@ -25,7 +25,7 @@ SCALE = "statistic_scale"
 def fisher(block: Block) -> torch.Tensor:
     """Average models by their Fisher information: sum_i c_i F_i x_i / sum_i c_i F_i, element by element.
 
-    Matena & Raffel 2022, arXiv:2111.09832, eq. 4, F_i being at least `floor`, so that elements that
+    Matena & Raffel 2022, arXiv:2111.09832, section 3, F_i being at least `floor`, so that elements that
     no data touch are averaged by the weights c_i alone. `normalize` divides F_i by its root mean
     square over the tensor or over the whole model first, so that a model whose Fisher values are
     all larger does not win everywhere; the paper does so over the model. A factor that all c_i
