@@ -19,8 +19,20 @@ _ALIGNMENT = 64
 def arena_bytes(pieces: Sequence[Piece]) -> int:
     """Return the bytes that the inputs of some pieces take in one arena."""
     return sum(
-        _aligned(piece.num_elements * element_bytes(read.dtype)) for piece in pieces for read in piece.reads
+        aligned(piece.num_elements * element_bytes(read.dtype)) for piece in pieces for read in piece.reads
     )
+
+
+def output_arena_bytes(pieces: Sequence[Piece]) -> int:
+    """Return the bytes that the outputs of some pieces take in one arena."""
+    return sum(
+        aligned(piece.num_elements * element_bytes(job.dtype)) for piece in pieces for job in piece.jobs
+    )
+
+
+def aligned(num_bytes: int) -> int:
+    """Round up, so that what follows in an arena can be viewed as any element type."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) -> list[list[torch.Tensor]]:
@@ -46,7 +58,7 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
             of_piece.append(arena_P[at : at + num_bytes].view(torch_dtype(read.dtype)))
             for first, count, to in _ranges(read, piece):
                 wanted.append((read.file, read.offset + first * width, at + to * width, count * width))
-            at += _aligned(num_bytes)
+            at += aligned(num_bytes)
         inputs.append(of_piece)
     for file, offset, to, num_bytes in sorted(wanted):
         files.read_into(file, offset, view[to : to + num_bytes])
@@ -59,10 +71,6 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
         if any(read.row_runs is not None for read in piece.reads):
             _fill_missing_rows(piece, of_piece)
     return inputs
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _ranges(read: Read, piece: Piece) -> list[tuple[int, int, int]]:

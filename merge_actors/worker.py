@@ -22,7 +22,7 @@ from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.errors import ClusterError, NotFiniteError
 from raymerge.merge_actors.files import Files
-from raymerge.merge_actors.inputs import arena_bytes, read_pieces
+from raymerge.merge_actors.inputs import aligned, arena_bytes, output_arena_bytes, read_pieces
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.prepare import TensorState
@@ -112,7 +112,7 @@ class MergeWorker:
             clock = [time.perf_counter()]
             inputs = read_pieces(task.pieces, self._files, lane.host_arena(arena_bytes(task.pieces)))
             clock.append(time.perf_counter())
-            outputs = lane.output_arena(task.write_bytes)
+            outputs = lane.output_arena(output_arena_bytes(task.pieces))
             merged: list[tuple[Piece, Job, memoryview, Figures]] = []
             warnings: list[str] = []
             with lane.computing(self._merging):
@@ -124,7 +124,7 @@ class MergeWorker:
                         out_P = outputs[at : at + num_bytes].view(torch_dtype(job.dtype))
                         figures = self._merge_piece(piece, job, on_device, states, lane, out_P, warnings)
                         merged.append((piece, job, lane.host_bytes(at, num_bytes), figures))
-                        at += num_bytes
+                        at += aligned(num_bytes)
                 lane.fetch_output(at)
             clock.append(time.perf_counter())
             reports = tuple(self._write_piece(*one) for one in merged)
