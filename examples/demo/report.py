@@ -51,7 +51,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "os^Dv", ("#d1495b", "#edae49", "#30638e", "#3d5a45", "#66418c"), skills, strict=False
     ):
         points = [100 * results["accuracy"][name][skill] for name in names]
-        axes.scatter(range(len(names)), points, 36, colour, marker, label=skill, zorder=3, edgecolors="white")
+        axes.scatter(
+            range(len(names)),
+            points,
+            s=36,
+            c=colour,
+            marker=marker,
+            label=skill,
+            zorder=3,
+            edgecolors="white",
+        )
     axes.set_xticks(range(len(names)), [re.sub("[ _]", "\n", name) for name in names])
     axes.set_ylim(0, 100)
     axes.set_ylabel("test accuracy in %")
