@@ -6,13 +6,15 @@ Only the driver writes it, after a worker has reported, so a task in the journal
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.task import PieceReport, TaskReport
 
 
@@ -24,14 +26,13 @@ class Journal:
     plan_fingerprint: str
     done: dict[int, TaskReport] = field(default_factory=dict)
     """Reports by number of the task."""
-    _file: IO[str] | None = None
+    _file: io.FileIO | None = None
 
     @classmethod
     def create(cls, path: str, plan_fingerprint: str, header: dict[str, Any]) -> Journal:
         """Begin a new journal."""
         journal = cls(path, plan_fingerprint)
-        journal._file = open(path, "w", encoding="ascii")
-        journal._write({"plan": plan_fingerprint, "started": time.time(), "boot": boot_id(), **header})
+        journal._begin({"plan": plan_fingerprint, "started": time.time(), "boot": boot_id(), **header})
         return journal
 
     @classmethod
@@ -52,10 +53,7 @@ class Journal:
         if header.get("boot") != boot_id():
             journal.done.clear()  # the machine went down: what was written may not have reached the disk
         # Rewritten whole, so that a line cut short by the kill does not stay in the middle.
-        journal._file = open(path, "w", encoding="ascii")
-        journal._write({**header, "boot": boot_id()})
-        for report in journal.done.values():
-            journal._write(_to_row(report))
+        journal._begin({**header, "boot": boot_id()})
         return journal
 
     def add(self, report: TaskReport) -> None:
@@ -69,10 +67,24 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _begin(self, header: dict[str, Any]) -> None:
+        """Write the header and what is done to a new file, and put it in place of an older one."""
+        new = f"{self.path}.new"
+        try:
+            self._file = open(new, "wb", buffering=0)
+            self._write(header, *map(_to_row, self.done.values()))
+            os.replace(new, self.path)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def _write(self, *rows: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
 
 def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:
@@ -100,7 +112,10 @@ def boot_id() -> str:
 def _to_row(report: TaskReport) -> dict[str, Any]:
     return {
         "task": report.number,
-        "pieces": [[p.recipe, p.tensor, p.checksum, p.sum_squares, p.num_nonfinite] for p in report.pieces],
+        "pieces": [
+            [p.recipe, p.tensor, p.checksum, p.sum_squares, p.num_nonfinite, dict(p.figures)]
+            for p in report.pieces
+        ],
         "read_bytes": report.read_bytes,
         "write_bytes": report.write_bytes,
         "seconds": [report.read_seconds, report.merge_seconds, report.write_seconds],
@@ -113,8 +128,8 @@ def _from_row(row: dict[str, Any]) -> TaskReport:
     return TaskReport(
         number=row["task"],
         pieces=tuple(
-            PieceReport(recipe=r, tensor=t, checksum=c, sum_squares=s, num_nonfinite=n)
-            for r, t, c, s, n in row["pieces"]
+            PieceReport(recipe=r, tensor=t, checksum=c, sum_squares=s, num_nonfinite=n, figures=f)
+            for r, t, c, s, n, f in row["pieces"]
         ),
         read_bytes=row["read_bytes"],
         write_bytes=row["write_bytes"],

@@ -24,6 +24,8 @@ from raymerge.cluster.progress import Progress
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.worker_group import WorkerGroup
+from raymerge.merge_actors.errors import NotFiniteError, RaymergeError
+from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.task import PieceReport, RunContext
 
 
@@ -87,11 +89,17 @@ def merge(
     folder = RunFolder(os.fspath(out))
     is_campaign = len(read) > 1
     with folder.locked():
-        folder.check_free(overwrite=options.overwrite, resume=options.resume, is_campaign=is_campaign)
+        folder.check_free(overwrite=options.overwrite, resume=options.resume)
         if not options.resume:
             folder.clear()
         run = _Run(folder, options, remark, show_progress)
-        run.carry_out(waves(read))
+        try:
+            run.carry_out(waves(read))
+        except RaymergeError as error:
+            # A refused input leaves nothing behind; what else failed can be resumed if it got anywhere.
+            if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
+                folder.clear()
+            raise
         outputs = folder.commit([recipe.name for recipe in read], is_campaign=is_campaign)
         folder.remove()
     assert run.placement is not None
@@ -115,7 +123,7 @@ class _Run:
     ) -> None:
         self.folder, self.options, self.remark, self.show_progress = folder, options, remark, show_progress
         self.totals = Totals()
-        self.num_tasks = self.num_resumed = 0
+        self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
 
     def carry_out(self, ordered: Sequence[Sequence[Recipe]]) -> None:
@@ -165,6 +173,7 @@ class _Run:
         finally:
             progress.clear()
             journal.close()
+            self.num_finished += len(journal.done)
         self.totals = self.totals.plus_totals(totals)
         for line in dict.fromkeys(line for report in journal.done.values() for line in report.warnings):
             self.remark(line)
@@ -180,12 +189,14 @@ class _Run:
     def _open_journal(self, number: int, wave: PlannedWave) -> Journal:
         """Go on with the journal of an unfinished run, or make room and begin a new one."""
         path = self.folder.journal_path + (f".{number}" if number else "")
-        if self.options.resume and os.path.exists(path):
+        has_files = all(os.path.isdir(recipe.folder) for recipe in wave.plan.recipes)
+        if self.options.resume and os.path.exists(path) and has_files:
             return Journal.resume(path, wave.fingerprint)
         self.folder.check_space(wave.plan.write_bytes)
         for recipe in wave.plan.recipes:
             self.folder.preallocate(recipe.folder, recipe.layout)
-        return Journal.create(path, wave.fingerprint, {"num_tasks": len(wave.plan.tasks)})
+        header = {"num_tasks": len(wave.plan.tasks), "overwrite": self.options.overwrite}
+        return Journal.create(path, wave.fingerprint, header)
 
     def _write_metadata(self, wave: PlannedWave) -> None:
         """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
@@ -216,10 +227,14 @@ class _Run:
                 reports.setdefault(piece.recipe, []).append(piece)
         for number, plan in enumerate(wave.plan.recipes):
             used = {ref.key: wave.models[ref.key] for ref in plan.recipe.all_models()}
-            write_manifest(plan.folder, make_manifest(plan, used, reports.get(number, []), figures))
-            write_index(plan.folder, plan.layout)
-            if self.options.fsync:
-                sync_folder(plan.folder)
+            manifest = make_manifest(plan, used, reports.get(number, []), figures)
+            try:
+                write_manifest(plan.folder, manifest)
+                write_index(plan.folder, plan.layout)
+                if self.options.fsync:
+                    sync_folder(plan.folder)
+            except OSError as error:
+                raise write_error(plan.folder, error) from error
 
 
 def _silent(totals: Totals) -> None:

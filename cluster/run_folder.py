@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 
+from raymerge.cluster.journal import read_journal
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
@@ -28,7 +29,7 @@ class RunFolder:
     """Where one run keeps its journal and its unfinished outputs."""
 
     def __init__(self, out: str) -> None:
-        self.out = os.path.abspath(out)
+        self.out = os.path.realpath(out)  # beside what a link leads to: the disk that was meant
         parent, name = os.path.split(self.out)
         self.path = os.path.join(parent, f".{name}.raymerge")
         self.journal_path = os.path.join(self.path, JOURNAL_NAME)
@@ -68,7 +69,7 @@ class RunFolder:
                 if os.listdir(self.path) == [_LOCK_NAME]:  # nothing came of the run: leave no trace
                     shutil.rmtree(self.path)
 
-    def check_free(self, *, overwrite: bool, resume: bool, is_campaign: bool) -> None:
+    def check_free(self, *, overwrite: bool, resume: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
 
         Raises:
@@ -76,13 +77,17 @@ class RunFolder:
         """
         if os.path.lexists(self.out) and not overwrite:
             is_empty = os.path.isdir(self.out) and not os.listdir(self.out)
-            if not is_empty and not (resume and is_campaign and os.path.exists(self.journal_path)):
+            if not is_empty and not (resume and self._began_with_overwrite()):
                 raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
         if os.path.exists(self.journal_path) and not (resume or overwrite):
             raise OutputError(
                 f"an unfinished run for {self.out} lies in {self.path}; go on with --resume, or start anew with "
                 "--overwrite"
             )
+
+    def _began_with_overwrite(self) -> bool:
+        """Return whether the unfinished run was told to replace OUT."""
+        return os.path.exists(self.journal_path) and bool(read_journal(self.journal_path)[0].get("overwrite"))
 
     def clear(self) -> None:
         """Remove an earlier run's journal and outputs; the lock stays."""
@@ -125,15 +130,23 @@ class RunFolder:
                 raise write_error(path, error) from error
 
     def commit(self, names: Sequence[str], *, is_campaign: bool) -> list[str]:
-        """Move finished outputs to their final place; return the final folders."""
-        finals = []
-        if is_campaign:
-            os.makedirs(self.out, exist_ok=True)
-        for name in names:
-            final = os.path.join(self.out, name) if is_campaign else self.out
-            _replace_folder(self.output(name), final, aside=os.path.join(self.path, f"replaced-{name}"))
-            finals.append(final)
-        return finals
+        """Move finished outputs to their final place; return the final folders.
+
+        A single rename, but for a campaign into an OUT that holds something: that stays beside it.
+        """
+        if not is_campaign:
+            moves = {self.output(names[0]): self.out}
+        elif not os.path.isdir(self.out) or not os.listdir(self.out):
+            moves = {os.path.join(self.path, "out"): self.out}
+        else:
+            moves = {self.output(name): os.path.join(self.out, name) for name in names}
+        try:
+            for source, final in moves.items():
+                aside = os.path.join(self.path, f"replaced-{os.path.basename(final)}")
+                _replace_folder(source, final, aside=aside)
+        except OSError as error:
+            raise write_error(self.out, error) from error
+        return [os.path.join(self.out, name) for name in names] if is_campaign else [self.out]
 
     def remove(self) -> None:
         """Remove the run folder after a commit."""
@@ -162,9 +175,8 @@ def sync_folder(folder: str) -> None:
 
 
 def _replace_folder(source: str, final: str, *, aside: str) -> None:
-    if os.path.isdir(final) and not os.path.islink(final) and not os.listdir(final):
-        os.rmdir(final)
-    if os.path.lexists(final):
+    is_empty = os.path.isdir(final) and not os.listdir(final)
+    if os.path.lexists(final) and not is_empty:
         os.rename(final, aside)
     os.rename(source, final)
 
