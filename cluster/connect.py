@@ -11,10 +11,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import ClusterError, RecipeError
+
+if TYPE_CHECKING:
+    from raymerge.cluster.activation_group import ActivationGroup
 
 #: An embedded Ray holds no tensors, only instructions: the least store that Ray takes.
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -71,6 +74,40 @@ def connected(
             yield group, placement
         finally:
             group.close()
+
+
+@contextlib.contextmanager
+def connected_for_statistics(
+    *, address: str | None, in_process: bool, workers: int | None, device: Device
+) -> Iterator[tuple[ActivationGroup, Placement]]:
+    """Give a group of activation workers, not started yet, and take it down at the end.
+
+    Args:
+        address: as for `connected`.
+        in_process: as for `connected`.
+        workers: as for `connected`.
+        device: where the model runs.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no GPU when one is asked for.
+    """
+    from raymerge.cluster.activation_group import RayActivationGroup, ThreadGroup
+
+    if workers is not None and workers < 1:
+        raise RecipeError(f"--workers is {workers}; it must be at least 1")
+    with contextlib.ExitStack() as stack:
+        if in_process:
+            placement = _place(workers, device, *_local_resources())
+            group: ActivationGroup = ThreadGroup(placement.num_workers)
+        else:
+            stack.enter_context(_ray_session(address))
+            import ray
+
+            resources = ray.cluster_resources()
+            placement = _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+            group = RayActivationGroup(placement.num_workers, num_gpus=1 if placement.device == "cuda" else 0)
+        stack.callback(group.close)
+        yield group, placement
 
 
 def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:

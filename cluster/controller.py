@@ -35,7 +35,7 @@ from raymerge.merge_actors.methods.prepare import (
     model_wide_preparation,
     preparation,
 )
-from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, TaskReport
+from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, SolveTask, TaskReport
 
 #: How often the same instruction may be lost with its worker before the run gives up.
 MOST_ATTEMPTS = 4
@@ -97,7 +97,7 @@ class Controller:
         self.totals = Totals()
         self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
         #: tasks whose states are being gathered, in the order of the plan
-        self._aside: list[MergeTask] = []
+        self._aside: list[MergeTask | SolveTask] = []
         #: states that some unfinished task still needs -> how many tasks
         self._needed: dict[int, int] = {}
         for task in self._waiting:
@@ -132,7 +132,7 @@ class Controller:
             instruction = self._next()
             if instruction is None:
                 return
-            needed = instruction.states if isinstance(instruction, MergeTask) else ()
+            needed = () if isinstance(instruction, MeasureTask) else instruction.states
             self._group.submit(worker, instruction, {state: self._states[state] for state in needed})
             self._load[worker] = load + 1
             heapq.heappush(idle, (load + 1, worker))
@@ -214,7 +214,7 @@ class Controller:
         self.totals = self.totals.plus(report)
         if isinstance(report, TaskReport):
             self._journal.add(report)
-            assert isinstance(done.instruction, MergeTask)
+            assert not isinstance(done.instruction, MeasureTask)
             for state in done.instruction.states:
                 self._needed[state] -= 1
                 if self._needed[state] == 0 and not self._plan.states[state].is_model_wide:
@@ -247,6 +247,6 @@ class Controller:
 
 def _identity(instruction: Instruction) -> tuple[int, str, int]:
     """Return what stays the same when an instruction is repeated."""
-    if isinstance(instruction, MergeTask):
-        return instruction.number, "", 0
-    return -1 - instruction.state, instruction.piece.jobs[0].tensor, instruction.piece.begin
+    if isinstance(instruction, MeasureTask):
+        return -1 - instruction.state, instruction.piece.jobs[0].tensor, instruction.piece.begin
+    return instruction.number, "", 0

@@ -59,7 +59,10 @@ class Journal:
     def add(self, report: TaskReport) -> None:
         """Record a finished task."""
         self.done[report.number] = report
-        self._write(_to_row(report))
+        try:
+            self._write(_to_row(report))
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -75,16 +78,14 @@ class Journal:
             self._write(header, *map(_to_row, self.done.values()))
             os.replace(new, self.path)
         except OSError as error:
+            self.close()
             raise write_error(self.path, error) from error
 
     def _write(self, *rows: dict[str, Any]) -> None:
         assert self._file is not None
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        while data:
+            data = data[self._file.write(data) :]
 
 
 def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:

@@ -84,6 +84,8 @@ def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dic
         # Six digits: pieces are summed in the order of the cut, which may differ between runs.
         row["norm"] = float(f"{math.sqrt(math.fsum(r.sum_squares for r in reports)):.6g}")
         row["num_nonfinite"] = sum(report.num_nonfinite for report in reports)
+    for report in reports:
+        row |= report.figures
     if tensor.note:
         row["note"] = tensor.note
     return row

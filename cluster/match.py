@@ -41,6 +41,19 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Statistic:
+    """A model's statistic for one tensor: the Gram matrix of its inputs, or its Fisher information."""
+
+    info: TensorInfo
+    """A packed triangle, or a tensor of the parameter's own shape."""
+    num_rows: int = 0
+    """Rows that a Gram matrix sums over."""
+    in_features: int = 0
+    is_transposed: bool = False
+    """Is the parameter stored (in, out)?"""
+
+
+@dataclass(frozen=True, slots=True)
 class Operand:
     """One model's tensor as an input of a merge."""
 
@@ -49,6 +62,8 @@ class Operand:
     info: TensorInfo
     low_rank: LowRank | None = None
     row_runs: tuple[RowRun, ...] | None = None
+    statistic: Statistic | None = None
+    """What was measured about the model for this tensor, if the method uses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

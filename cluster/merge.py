@@ -156,7 +156,6 @@ class _Run:
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave)
-        self._write_metadata(wave)
         self.num_tasks += len(plan.tasks)
         self.num_resumed += len(journal.done)
         progress = Progress(
@@ -167,6 +166,7 @@ class _Run:
         )
         started = time.monotonic()
         try:
+            self._write_metadata(wave)
             group.start(self._context(wave, placement))
             controller = Controller(plan, group, journal, progress.show if self.show_progress else _silent)
             totals = controller.run()

@@ -10,12 +10,13 @@ if it was cut, its *state* is gathered by the driver in rounds of measure tasks 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from raymerge.cluster.match import MergedTensor, Operand
+from raymerge.cluster.match import MergedTensor, Operand, Statistic
 from raymerge.cluster.recipe import Recipe
 from raymerge.merge_actors.checkpoint.layout import Layout
 from raymerge.merge_actors.dtypes import element_bytes
@@ -25,7 +26,16 @@ from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.prepare import model_wide_steps, needs_preparation
 from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.randomness import stream_key
-from raymerge.merge_actors.task import Job, LowRankRead, MergeTask, Piece, Read
+from raymerge.merge_actors.task import (
+    GramRead,
+    Job,
+    LowRankRead,
+    MergeTask,
+    Piece,
+    Read,
+    SolveJob,
+    SolveTask,
+)
 
 #: (recipe number, tensor): one output tensor of the campaign.
 OutputKey = tuple[int, str]
@@ -65,7 +75,7 @@ class Plan:
     recipes: tuple[RecipePlan, ...]
     settings: tuple[tuple[str, Settings], ...]
     states: tuple[StatePlan, ...]
-    tasks: tuple[MergeTask, ...]
+    tasks: tuple[MergeTask | SolveTask, ...]
     slice_bytes: int
 
     @property
@@ -109,7 +119,7 @@ class _Planner:
     def plan(self) -> Plan:
         for number, recipe in enumerate(self.recipes):
             self._plan_model_wide(number, recipe)
-        groups = _group(self.recipes)
+        groups = _group(self.recipes)  # what is solved for stands apart, in `_solves`
         groups.sort(key=lambda group: _disk_place(self._tensor(group[0])))
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for group in groups:
@@ -118,9 +128,39 @@ class _Planner:
             recipes=tuple(self.recipes),
             settings=tuple(self.settings),
             states=tuple(self.states),
-            tasks=tuple(self._pack(pieces)),
+            tasks=self._numbered([*self._pack(pieces), *self._solves()]),
             slice_bytes=self.slice_bytes,
         )
+
+    def _numbered(self, tasks: Sequence[MergeTask | SolveTask]) -> tuple[MergeTask | SolveTask, ...]:
+        return tuple(dataclasses.replace(task, number=number) for number, task in enumerate(tasks))
+
+    def _solves(self) -> list[SolveTask]:
+        """Return one task for the matrices of a recipe that share one input and one setting."""
+        groups: dict[tuple[int, int, tuple[GramRead, ...]], list[SolveJob]] = {}
+        for number, recipe in enumerate(self.recipes):
+            for tensor in recipe.tensors:
+                if not is_solved_for(tensor):
+                    continue
+                file, offset = self._places[number][tensor.name]
+                key = (number, self._intern(tensor), tuple(_gram_read(operand) for operand in tensor.models))
+                groups.setdefault(key, []).append(
+                    SolveJob(
+                        tensor=tensor.name,
+                        shape=(tensor.shape[0], tensor.shape[1]),
+                        reads=tuple(_read_of(operand) for operand in tensor.models),
+                        is_transposed=any(
+                            o.statistic is not None and o.statistic.is_transposed for o in tensor.models
+                        ),
+                        file=file,
+                        offset=offset,
+                        dtype=tensor.dtype,
+                    )
+                )
+        return [
+            SolveTask(number=0, recipe=number, settings=setting, grams=grams, jobs=tuple(jobs))
+            for (number, setting, grams), jobs in groups.items()
+        ]
 
     def _tensor(self, key: tuple[int, int]) -> MergedTensor:
         return self.recipes[key[0]].tensors[key[1]]
@@ -170,6 +210,7 @@ class _Planner:
             settings=setting,
             base=None if tensor.base is None else places[id(tensor.base)],
             models=tuple(places[id(operand)] for operand in tensor.models),
+            statistics=tuple(places[id(o.statistic)] for o in tensor.models if o.statistic is not None),
             keys=tuple(stream_key(plan.recipe.seed, name, tensor.name) for name in tensor.stream_names),
             file=file,
             offset=offset,
@@ -267,6 +308,28 @@ class _Planner:
             yield MergeTask(number=number, pieces=tuple(packed), states=tuple(sorted(waits)))
 
 
+def is_solved_for(tensor: MergedTensor) -> bool:
+    """Return whether a tensor is a matrix that its method solves for, from Gram matrices."""
+    return (
+        tensor.method in METHODS
+        and METHODS[tensor.method].kind == "solve"
+        and all(operand.statistic is not None for operand in tensor.models)
+    )
+
+
+def _gram_read(operand: Operand) -> GramRead:
+    statistic = operand.statistic
+    assert statistic is not None
+    return GramRead(
+        model=operand.model,
+        tensor=statistic.info.name,
+        file=statistic.info.file,
+        offset=statistic.info.begin,
+        in_features=statistic.in_features,
+        num_rows=statistic.num_rows,
+    )
+
+
 def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
     """Group output tensors that read a common input tensor and have one shape (union-find)."""
     parent: dict[tuple[int, int], tuple[int, int]] = {}
@@ -280,6 +343,8 @@ def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
 
     for number, recipe in enumerate(recipes):
         for index, tensor in enumerate(recipe.tensors):
+            if is_solved_for(tensor):
+                continue
             key = (number, index)
             parent[key] = key
             filled_from = _filled_from(tensor)
@@ -318,7 +383,15 @@ def _reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[i
     for tensor in tensors:
         for operand in _operands(tensor):
             places[id(operand)] = numbers.setdefault(_read_of(operand), len(numbers))
+            if operand.statistic is not None:
+                read = _statistic_read(operand, operand.statistic)
+                places[id(operand.statistic)] = numbers.setdefault(read, len(numbers))
     return tuple(numbers), places
+
+
+def _statistic_read(operand: Operand, statistic: Statistic) -> Read:
+    info = statistic.info
+    return Read(model=operand.model, tensor=info.name, file=info.file, offset=info.begin, dtype=info.dtype)
 
 
 def _read_of(operand: Operand) -> Read:

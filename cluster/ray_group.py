@@ -20,7 +20,7 @@ from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.ray_worker import RayMergeWorker
-from raymerge.merge_actors.task import MergeTask, RunContext
+from raymerge.merge_actors.task import MeasureTask, MergeTask, RunContext, SolveTask
 
 #: How long to wait for the cluster to give any worker before saying what is missing.
 START_SECONDS = 300.0
@@ -65,10 +65,12 @@ class RayGroup:
     def submit(self, worker: int, instruction: Instruction, states: Mapping[int, TensorState]) -> None:
         """Send an instruction to an actor."""
         actor = self._actors[worker]
-        if isinstance(instruction, MergeTask):
-            reference = actor.merge.remote(instruction, states)
-        else:
+        if isinstance(instruction, MeasureTask):
             reference = actor.measure.remote(instruction)
+        elif isinstance(instruction, SolveTask):
+            reference = actor.solve.remote(instruction)
+        else:
+            reference = actor.merge.remote(instruction, states)
         self._in_flight[reference] = (worker, instruction)
 
     def wait(self, timeout_seconds: float) -> list[Event]:

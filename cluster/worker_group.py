@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from raymerge.merge_actors.methods.prepare import TensorState
-from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, RunContext, TaskReport
+from raymerge.merge_actors.task import (
+    MeasureReport,
+    MeasureTask,
+    MergeTask,
+    RunContext,
+    SolveTask,
+    TaskReport,
+)
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
-Instruction = MergeTask | MeasureTask
+Instruction = MergeTask | SolveTask | MeasureTask
 Report = TaskReport | MeasureReport
 #: Tasks in flight per worker: its lanes, and one more on the doorstep.
 DEPTH = NUM_LANES + 1
@@ -127,6 +134,8 @@ class InProcessGroup:
 
 
 def _carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]) -> Report:
-    if isinstance(instruction, MergeTask):
-        return worker.merge(instruction, states)
-    return worker.measure(instruction)
+    if isinstance(instruction, MeasureTask):
+        return worker.measure(instruction)
+    if isinstance(instruction, SolveTask):
+        return worker.solve(instruction)
+    return worker.merge(instruction, states)

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import ray
 
 from raymerge.merge_actors.methods.prepare import TensorState
-from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, RunContext, TaskReport
+from raymerge.merge_actors.task import (
+    MeasureReport,
+    MeasureTask,
+    MergeTask,
+    RunContext,
+    SolveTask,
+    TaskReport,
+)
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
 
@@ -31,6 +38,10 @@ class RayMergeWorker:
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.merge`."""
         return self._worker.merge(task, states)
+
+    def solve(self, task: SolveTask) -> TaskReport:
+        """See `MergeWorker.solve`."""
+        return self._worker.solve(task)
 
     def measure(self, task: MeasureTask) -> MeasureReport:
         """See `MergeWorker.measure`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods.interface import Settings, Summary
@@ -85,6 +85,8 @@ class Job:
     """Index into the piece's reads."""
     models: tuple[int, ...]
     """Indices into the piece's reads."""
+    statistics: tuple[int, ...] = ()
+    """Indices into the piece's reads of the models' statistics, where the method uses them."""
     keys: tuple[int, ...]
     """Key of each model's random stream for this tensor."""
     file: str
@@ -148,6 +150,69 @@ class MergeTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GramRead:
+    """A packed Gram matrix of one model's inputs: float32, row-major upper triangle."""
+
+    model: str
+    """Key of the model, for messages."""
+    tensor: str
+    """A tensor whose input it is, for messages."""
+    file: str
+    offset: int
+    in_features: int
+    num_rows: int
+    """How many inputs were summed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveJob:
+    """One matrix to solve for; all of its rows are made by one task."""
+
+    tensor: str
+    shape: tuple[int, int]
+    reads: tuple[Read, ...]
+    """One per model."""
+    is_transposed: bool
+    """Stored (in, out), as GPT-2's Conv1D."""
+    file: str
+    offset: int
+    """Offset in the output file of the tensor's first element."""
+    dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the matrix."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveTask:
+    """Factorise the Gram matrices of one input and solve for the matrices that share it."""
+
+    number: int
+    recipe: int
+    settings: int
+    """Index into `RunContext.settings`."""
+    grams: tuple[GramRead, ...]
+    """One per model."""
+    jobs: tuple[SolveJob, ...]
+    states: tuple[int, ...] = ()
+    """A solve waits for nothing."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the task reads; each Gram once to factorise and once for the right-hand sides."""
+        grams = sum(2 * gram.in_features * (gram.in_features + 1) for gram in self.grams)
+        weights = sum(job.num_elements * element_bytes(read.dtype) for job in self.jobs for read in job.reads)
+        return 2 * grams + weights
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that the task writes."""
+        return sum(job.num_elements * element_bytes(job.dtype) for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureTask:
     """Read one piece and answer one round of questions of one job."""
 
@@ -198,7 +263,7 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceReport:
-    """What came out of one job of one piece."""
+    """What came out of one job of one piece, or of one solve."""
 
     recipe: int
     tensor: str
@@ -206,6 +271,8 @@ class PieceReport:
     """Sum modulo 2^64 of the checksums of the piece's chunks; adds up over pieces."""
     sum_squares: float
     num_nonfinite: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What else is worth keeping: condition number and rank of a solve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

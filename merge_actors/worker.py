@@ -28,6 +28,7 @@ from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
 from raymerge.merge_actors.nonfinite import count_nonfinite, hides_nonfinite
+from raymerge.merge_actors.solving import Solving
 from raymerge.merge_actors.task import (
     Job,
     MeasureReport,
@@ -36,6 +37,7 @@ from raymerge.merge_actors.task import (
     Piece,
     PieceReport,
     RunContext,
+    SolveTask,
     TaskReport,
 )
 
@@ -142,6 +144,41 @@ class MergeWorker:
             warnings=tuple(warnings),
         )
 
+    def solve(self, task: SolveTask) -> TaskReport:
+        """Carry out a solve task.
+
+        Raises:
+            NotFiniteError: a Gram or a weight holds NaN or infinity.
+            RecipeError: too few rows for the input features at alpha 1.
+        """
+        import torch
+
+        lane = self._lanes.get()
+        try:
+            with lane.computing(self._merging):
+                solving = Solving(task, self.context.settings[task.settings][1], self._files, lane.device)
+                clock = [time.perf_counter()]
+                merged = solving.solve()
+                clock.append(time.perf_counter())
+            reports = []
+            for job, matrix in zip(task.jobs, merged, strict=True):
+                data = matrix.to(torch_dtype(job.dtype)).cpu().reshape(-1).view(torch.uint8).numpy().data
+                self._files.write_from(job.file, job.offset, data)
+                reports.append(solving.report(job, matrix, data))
+            clock.append(time.perf_counter())
+        finally:
+            self._lanes.put(lane)
+        return TaskReport(
+            number=task.number,
+            pieces=tuple(reports),
+            read_bytes=task.read_bytes,
+            write_bytes=task.write_bytes,
+            read_seconds=0.0,
+            merge_seconds=clock[1] - clock[0],
+            write_seconds=clock[2] - clock[1],
+            warnings=tuple(solving.warnings),
+        )
+
     def measure(self, task: MeasureTask) -> MeasureReport:
         """Answer one round of questions about one slice of a tensor."""
         lane = self._lanes.get()
@@ -177,6 +214,7 @@ class MergeWorker:
             begin=piece.begin,
             base_P=None if job.base is None else inputs[job.base],
             models_P=[inputs[i] for i in job.models],
+            statistics_P=[inputs[i] for i in job.statistics] or None,
             keys=job.keys,
             pool=lane.pool,
         )
