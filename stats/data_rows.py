@@ -1,0 +1,240 @@
+"""Read the rows of a calibration set: local Parquet, JSONL, CSV or text, or a `datasets` name.
+
+Only the columns that are asked for are kept. Rows without text are dropped, then a fixed
+subset of the rest is taken; nothing depends on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from raymerge.merge_actors.errors import RecipeError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+#: Ending of a data file -> pyarrow's name of its format.
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+_TRAIN = "train"
+#: Seed of the subset that `samples` takes: fixed, so that every model sees the same rows.
+_SUBSET_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """What a calibration set is and how it becomes examples."""
+
+    source: str
+    """A local file or folder, or the name of a data set on the Hugging Face Hub."""
+    config: str | None = None
+    """Configuration of a data set on the Hub."""
+    split: str | None = None
+    """Split of a data set, or beginning of the names of the files of a local folder."""
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    """Second text of an encoder's input; for an encoder-decoder what the decoder reads."""
+    label_column: str | None = None
+    samples: int | None = None
+    """Take so many rows (of those with text), evenly at random and always the same ones."""
+    max_length: int | None = None
+    """Longest example in tokens [the model's, at most 512]."""
+    batch_tokens: int = 4096
+    """Tokens of a batch, padding included."""
+    chat_template: bool = False
+    """The text column holds conversations: lists of {role, content}."""
+    packed: bool = False
+    """Join the texts of a shard and cut them into examples of `max_length` (language models)."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} of the data is {value}; it must be at least 1.")
+        if self.packed and (self.text_pair_column or self.label_column):
+            raise RecipeError(
+                "packed data have no text_pair_column or label_column: texts are joined; leave one out."
+            )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """The rows of a calibration set that are used, in order."""
+
+    texts: Sequence[Any]
+    """Strings; with a chat template, lists of messages."""
+    pairs: Sequence[str] | None
+    labels: Sequence[Any] | None
+    remarks: tuple[str, ...]
+    """Sentences for the user."""
+
+
+def read_rows(spec: DataSpec) -> Rows:
+    """Read and choose the rows.
+
+    Raises:
+        RecipeError: there is no such source or column, or no row is left.
+    """
+    remarks: list[str] = []
+    table = _read_table(spec, remarks)
+    wanted = [spec.text_column, spec.text_pair_column, spec.label_column]
+    for column in wanted:
+        if column is not None and column not in table.column_names:
+            close = difflib.get_close_matches(column, table.column_names, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise RecipeError(
+                f"the data {spec.source!r} have no column {column!r}; they have "
+                f"{', '.join(map(repr, table.column_names))}{hint}."
+            )
+    texts, pairs, labels = (None if name is None else table.column(name).to_pylist() for name in wanted)
+    assert texts is not None
+    _check_texts(spec, texts)
+    kept = [
+        i for i, text in enumerate(texts) if _has_text(text) and (labels is None or labels[i] is not None)
+    ]
+    if not kept:
+        raise RecipeError(
+            f"no row of the data {spec.source!r} is left: of {len(texts):,} rows none has text in "
+            f"{spec.text_column!r}" + (f" and a label in {spec.label_column!r}." if labels else ".")
+        )
+    if len(kept) < len(texts):
+        remarks.append(
+            f"{len(texts) - len(kept):,} of {len(texts):,} rows without text or label are left out"
+        )
+    if spec.samples is not None:
+        if spec.samples > len(kept):
+            remarks.append(
+                f"the data have {len(kept):,} rows, fewer than the {spec.samples:,} samples asked for"
+            )
+        kept = _subset(kept, spec.samples)
+    return Rows(
+        texts=[texts[i] for i in kept],
+        pairs=None if pairs is None else [pairs[i] or "" for i in kept],
+        labels=None if labels is None else [labels[i] for i in kept],
+        remarks=tuple(remarks),
+    )
+
+
+def _subset(kept: list[int], samples: int) -> list[int]:
+    """Take `samples` of the rows, in their order; the subset of fewer samples lies in that of more."""
+    import numpy as np
+
+    order = np.random.default_rng(_SUBSET_SEED).permutation(len(kept))
+    return [kept[i] for i in sorted(order[:samples].tolist())]
+
+
+def _has_text(text: Any) -> bool:
+    return bool(text.strip()) if isinstance(text, str) else bool(text)
+
+
+def _check_texts(spec: DataSpec, texts: Sequence[Any]) -> None:
+    kind = list if spec.chat_template else str
+    for number, text in enumerate(texts):
+        if text is not None and not isinstance(text, kind):
+            is_list = "a conversation" if isinstance(text, list) else f"a {type(text).__name__}"
+            way_out = "leave out chat_template" if spec.chat_template else "conversations need chat_template"
+            raise RecipeError(
+                f"row {number} of the data {spec.source!r} holds {is_list} in {spec.text_column!r}; "
+                f"{'conversations (lists of messages)' if spec.chat_template else 'text'} "
+                f"must stand there: {way_out}, or name another column."
+            )
+
+
+def _read_table(spec: DataSpec, remarks: list[str]) -> pyarrow.Table:
+    path = os.path.expanduser(spec.source)
+    if not os.path.exists(path):
+        return _read_hub(spec)
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, "dataset_info.json")):
+        return _read_saved(spec, path)
+    files = _local_files(spec, path, remarks)
+    kinds = {os.path.splitext(file)[1] for file in files}
+    if len({_FORMATS[kind] for kind in kinds}) > 1:
+        raise RecipeError(
+            f"the data folder {spec.source!r} mixes {', '.join(sorted(kinds))} files; name one file or split."
+        )
+    return _read_files(spec, files, _FORMATS[kinds.pop()])
+
+
+def _local_files(spec: DataSpec, path: str, remarks: list[str]) -> list[str]:
+    """Return the data files of a file or folder, those of one split if their names tell splits apart."""
+    if os.path.isfile(path):
+        if os.path.splitext(path)[1] not in _FORMATS:
+            raise RecipeError(f"the data file {spec.source!r} is none of {', '.join(_FORMATS)}.")
+        return [path]
+    found = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if os.path.splitext(name)[1] in _FORMATS and name[0] not in "._"
+    )
+    if not found:
+        raise RecipeError(f"the data folder {spec.source!r} has no file of {', '.join(_FORMATS)}.")
+    split = spec.split
+    if split is None and any(not _is_of_split(path, file, _TRAIN) for file in found):
+        if not any(_is_of_split(path, file, _TRAIN) for file in found):
+            return found
+        split = _TRAIN
+        remarks.append(f"of the folder {spec.source} the split {split!r} is taken; --split names another")
+    chosen = [file for file in found if split is None or _is_of_split(path, file, split)]
+    if not chosen:
+        names = ", ".join(os.path.relpath(file, path) for file in found[:5])
+        raise RecipeError(
+            f"the data folder {spec.source!r} has no file of the split {split!r}; it has {names}."
+        )
+    return chosen
+
+
+def _is_of_split(folder: str, file: str, split: str) -> bool:
+    return any(
+        part == split or part.startswith((split + ".", split + "-", split + "_"))
+        for part in os.path.relpath(file, folder).split(os.sep)
+    )
+
+
+def _read_files(spec: DataSpec, files: list[str], kind: str) -> pyarrow.Table:
+    import pyarrow
+    import pyarrow.dataset
+
+    if kind == "text":
+        lines = [line for file in files for line in _lines(file)]
+        return pyarrow.table({spec.text_column: pyarrow.array(lines, pyarrow.string())})
+    try:
+        return pyarrow.dataset.dataset(files, format=kind).to_table()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecipeError(f"cannot read the data {spec.source!r} as {kind}: {error}") from error
+
+
+def _lines(file: str) -> list[str]:
+    with open(file, encoding="utf-8", errors="replace") as stream:
+        return [line.rstrip("\n") for line in stream]
+
+
+def _read_saved(spec: DataSpec, path: str) -> pyarrow.Table:
+    """Read what `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    return datasets.load_from_disk(path).with_format("arrow")[:]
+
+
+def _read_hub(spec: DataSpec) -> pyarrow.Table:
+    import datasets
+
+    if spec.source.startswith(("/", ".", "~")) or os.path.splitext(spec.source)[1] in _FORMATS:
+        raise RecipeError(
+            f"the data {spec.source!r} do not exist; give a file, a folder, or a data set's name."
+        )
+    try:
+        found = datasets.load_dataset(spec.source, spec.config, split=spec.split or _TRAIN)
+    except (ValueError, OSError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError(
+            f"the data {spec.source!r} are neither a local path nor a data set that can be loaded: {reason}"
+        ) from error
+    return found.with_format("arrow")[:]
