@@ -1,0 +1,109 @@
+"""What the driver tells activation workers, and what they tell it: small frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raymerge.stats.data_rows import DataSpec
+from raymerge.stats.fisher_accumulator import Estimator
+from raymerge.stats.layer_groups import LayerGroup, Needs
+from raymerge.stats.linear_maps import ModelMaps
+from raymerge.stats.masked_rows import Batching
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureJob:
+    """What is measured, the same for all workers."""
+
+    model: str
+    """Local folder or Hub id."""
+    revision: str | None
+    allow_pickle: bool
+    kind: Literal["gram", "fisher"]
+    data: DataSpec
+    estimator: Estimator
+    """Of Fisher."""
+    device: Literal["cpu", "cuda"]
+    threads: int
+    """Of torch in a worker on a CPU."""
+    work_folder: str
+    """Where statistics and cached activations go; every worker sees it."""
+    padding_side: Literal["right", "left"] = "right"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """A model and its data as a worker sees them."""
+
+    maps: ModelMaps
+    parameters: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]]
+    """For Fisher: parameter -> its tensors in the checkpoint, with their shapes."""
+    parameter_blocks: Mapping[str, int | None]
+    """For Fisher: parameter -> number of its block."""
+    needs: Needs
+    memory_bytes: int
+    """What the worker may use if nothing else is said."""
+    num_shards: int
+    num_rows: int
+    """Rows of the data that are used."""
+    max_length: int
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+    compute_dtype: str
+    batching: Batching
+    """The way to begin with."""
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassSettings:
+    """How a pass treats the model, found out as it goes."""
+
+    batching: Batching
+    separate: frozenset[str] = frozenset()
+    """Parameters of linear maps that must not share another's statistics."""
+    is_streamed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupReport:
+    """What a worker saw in its shards of one layer group."""
+
+    group: LayerGroup
+    needs_batching: Batching | None = None
+    """Set when the pass has to be repeated with other batches; nothing else counts then."""
+    needs_separate: frozenset[str] = frozenset()
+    """Set when the pass has to be repeated with these on their own; nothing else counts then."""
+    leaders: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> the parameter whose statistics it shares."""
+    num_rows: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    """(parameter, expert) -> rows."""
+    num_calls: Mapping[str, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_examples: int = 0
+    num_truncated: int = 0
+    forward_seconds: float = 0.0
+    """Of the timed shard, updates left out."""
+    update_seconds: float = 0.0
+    """Of the Gram updates in the timed shard."""
+    update_operations: int = 0
+    forward_operations: int = 0
+    """Of the linear maps of the group in the timed shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A statistic that one worker completes and writes."""
+
+    parameter: str
+    """Whose sums they are."""
+    parts: tuple[int, ...]
+    """Numbers of the experts that are summed, (0,) for anything else."""
+    in_features: int
+    """0 for Fisher."""
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of the tensors on disk: one, or of Fisher one per tensor of the checkpoint."""
+    owner: int
+    """Number of the worker."""

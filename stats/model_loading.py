@@ -1,0 +1,187 @@
+"""Load a transformers model for measuring: whole, or block by block from its checkpoint.
+
+A model that fits is loaded by transformers. Of one that does not, the parameters outside its
+blocks are read at once, those of a block when it is asked for, straight from the checkpoint's
+byte ranges and by tensor name; between, they are on the meta device and take no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raymerge.merge_actors.checkpoint.folder import Checkpoint
+from raymerge.merge_actors.checkpoint.header import TensorInfo
+from raymerge.merge_actors.dtypes import torch_dtype
+from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.merge_actors.files import Files
+from raymerge.stats.weight_names import tensor_names
+
+if TYPE_CHECKING:
+    import torch
+
+#: Building a model switches default devices and dtypes of the whole process.
+_BUILDING = threading.Lock()
+
+
+def model_class(config: Mapping[str, Any]) -> Any:
+    """Return the transformers class that a config names, or the bare model's."""
+    import transformers
+
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModel
+
+
+def compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """Return the type of the forward pass: the checkpoint's on a GPU, float32 on a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return torch.float32
+    bytes_of: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.num_bytes
+    widest = torch_dtype(max(bytes_of, key=lambda dtype: bytes_of[dtype]))
+    return widest if widest in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def load_whole(checkpoint: Checkpoint, device: str) -> tuple[Any, tuple[str, ...]]:
+    """Load the whole model in eval mode.
+
+    Returns:
+        the model, and the names of parameters that the checkpoint does not hold.
+
+    Raises:
+        CheckpointError: transformers does not know or cannot load it.
+    """
+    dtype = compute_dtype(checkpoint, device)
+    try:
+        with _BUILDING:
+            model, info = model_class(checkpoint.config).from_pretrained(
+                checkpoint.folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"transformers cannot load the model {checkpoint.path}: {reason}") from error
+    return prepared(model).to(device), tuple(sorted(info["missing_keys"]))
+
+
+def skeleton(checkpoint: Checkpoint) -> Any:
+    """Build the model without weights: parameters on the meta device, buffers as they are."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    chosen = model_class(checkpoint.config)
+    with _BUILDING, _parameters_on_meta():
+        model = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    model.tie_weights()
+    return prepared(model)
+
+
+def prepared(model: Any) -> Any:
+    """Switch a model to measuring: no dropout, no cache, experts one by one."""
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if hasattr(model, "set_experts_implementation") and model.get_experts_implementation().get(""):
+        model.set_experts_implementation("eager")
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as soon as its module has it."""
+    import torch
+
+    original = torch.nn.Module.register_parameter
+
+    def register(module: Any, name: str, parameter: Any) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            meta = parameter.data.to("meta")
+            module._parameters[name] = torch.nn.Parameter(meta, requires_grad=False)
+
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class BlockLoader:
+    """Reads and frees the parameters of parts of a skeleton."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, blocks: Sequence[str], device: str) -> None:
+        """Read everything outside the blocks.
+
+        Raises:
+            RecipeError: the checkpoint keeps a parameter in another form than transformers does.
+        """
+        self._checkpoint, self._device = checkpoint, device
+        self._dtype = compute_dtype(checkpoint, device)
+        self._files = Files()
+        self._places: dict[int, list[tuple[Any, str]]] = {}
+        self._names: dict[str, list[tuple[str, int]]] = {}
+        self._keep: list[Any] = []  # so that an id is never that of another parameter
+        for module_name, module in model.named_modules():
+            owner = next((each for each in blocks if (module_name + ".").startswith(each + ".")), "")
+            for name, parameter in module.named_parameters(recurse=False):
+                places = self._places.setdefault(id(parameter), [])
+                if not places:
+                    self._keep.append(parameter)
+                    full = f"{module_name}.{name}" if module_name else name
+                    self._names.setdefault(owner, []).append((full, id(parameter)))
+                places.append((module, name))
+        self._sources = {
+            full: self._source(model, full) for entries in self._names.values() for full, _ in entries
+        }
+        for buffer_name, buffer in list(model.named_buffers()):
+            module_name, _, name = buffer_name.rpartition(".")
+            model.get_submodule(module_name)._buffers[name] = buffer.to(device)
+        self.load("")
+
+    def load(self, block: str) -> None:
+        """Read the parameters of a block ("" for those outside of all) if they are not there."""
+        import torch
+
+        for full, key in self._names.get(block, ()):
+            module, name = self._places[key][0]
+            if not module._parameters[name].is_meta:
+                continue
+            value = self._read(self._sources[full]).to(self._device, self._dtype)
+            parameter = torch.nn.Parameter(value, requires_grad=False)
+            for module, name in self._places[key]:
+                module._parameters[name] = parameter
+
+    def release(self, block: str) -> None:
+        """Free the parameters of a block."""
+        import torch
+
+        for _, key in self._names.get(block, ()):
+            for module, name in self._places[key]:
+                meta = module._parameters[name].data.to("meta")
+                module._parameters[name] = torch.nn.Parameter(meta, requires_grad=False)
+
+    def _source(self, model: Any, full: str) -> TensorInfo:
+        known = {**self._checkpoint.tensors, **self._checkpoint.tied}
+        names = tensor_names(model, full, known)
+        if len(names) != 1:
+            kept = "does not hold" if not names else f"keeps in {len(names)} tensors"
+            raise RecipeError(
+                f"{self._checkpoint.path} {kept} the parameter {full}, so its layers cannot be loaded one by one; "
+                "give a --memory-gib that holds the whole model."
+            )
+        return self._checkpoint.tensors[self._checkpoint.tied.get(names[0], names[0])]
+
+    def _read(self, tensor: TensorInfo) -> torch.Tensor:
+        import torch
+
+        raw = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+        if tensor.num_bytes:
+            self._files.read_into(tensor.file, tensor.begin, raw.numpy().data)
+        return raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)

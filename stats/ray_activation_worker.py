@@ -1,0 +1,57 @@
+"""The Ray skin of the activation worker: an actor class and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import ray
+
+from raymerge.stats.activation_worker import ActivationWorker
+from raymerge.stats.exchange import TorchExchange, join_store, make_store
+from raymerge.stats.layer_groups import LayerGroup
+from raymerge.stats.measure_job import Description, Entry, GroupReport, MeasureJob, PassSettings
+
+
+# A second thread answers questions about progress. Sums live in the actor, so it is never restarted:
+# the driver replaces the whole group.
+@ray.remote(max_concurrency=2, max_restarts=0, max_task_retries=0)
+class RayActivationWorker:
+    """`ActivationWorker` as an actor of a group."""
+
+    def __init__(self, job: MeasureJob, rank: int) -> None:
+        if job.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._worker = ActivationWorker(job, rank)
+
+    def describe(self) -> Description:
+        """See `ActivationWorker.describe`."""
+        return self._worker.describe()
+
+    def open_store(self, num_workers: int) -> tuple[str, int]:
+        """Open the meeting place of the group; return its host and port."""
+        host = ray.util.get_node_ip_address()
+        self._store = make_store(host, num_workers)
+        return host, self._store.port
+
+    def join(self, host: str, port: int, num_workers: int) -> None:
+        """Join the group; returns when all have."""
+        job, rank = self._worker.job, self._worker.rank
+        store = self._store if rank == 0 else join_store(host, port, num_workers)
+        self._worker.exchange = TorchExchange(rank, num_workers, store, job.device)
+
+    def accumulate(self, group: LayerGroup, shards: Sequence[int], settings: PassSettings) -> GroupReport:
+        """See `ActivationWorker.accumulate`."""
+        return self._worker.accumulate(group, shards, settings)
+
+    def write(self, entries: Sequence[Entry], file: str, num_examples: int) -> str | None:
+        """See `ActivationWorker.write`."""
+        return self._worker.write(entries, file, num_examples)
+
+    def num_tokens(self) -> int:
+        """Return how many tokens have passed."""
+        return self._worker.num_tokens
+
+    def pid(self) -> int:
+        """Return the process id."""
+        return os.getpid()
