@@ -16,6 +16,7 @@ _COMMANDS = {
     "plan": "raymerge.cli.plan",
     "inspect": "raymerge.cli.inspect",
     "verify": "raymerge.cli.verify",
+    "stats": "raymerge.cli.stats",
 }
 
 

@@ -1,0 +1,156 @@
+"""raymerge stats: statistics of a model over a calibration set."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raymerge.cli.main import print_json, remark
+
+if TYPE_CHECKING:
+    from raymerge.cluster.statistics import StatisticsProgress, StatisticsResult
+
+_LIVE_SECONDS, _LOG_SECONDS = 0.5, 15.0
+_DATA_OPTIONS = {
+    "data": "source",
+    "data_config": "config",
+    "split": "split",
+    "text_column": "text_column",
+    "text_pair_column": "text_pair_column",
+    "label_column": "label_column",
+    "samples": "samples",
+    "max_length": "max_length",
+    "batch_tokens": "batch_tokens",
+    "chat_template": "chat_template",
+    "packed": "packed",
+}
+
+
+@click.command(
+    "stats",
+    epilog="Example: raymerge stats math/ --kind gram --data calibration.jsonl --samples 1000 --out math-grams/",
+)
+@click.argument("model")
+@click.option(
+    "--kind",
+    type=click.Choice(["gram", "fisher"]),
+    default="gram",
+    show_default=True,
+    help="Gram matrices (regmean) or Fisher.",
+)
+@click.option(
+    "--data", required=True, help="File or folder of Parquet, JSONL, CSV or text; or a data set's name."
+)
+@click.option("--data-config", help="Configuration of a named data set.")
+@click.option("--split", help="Split of a data set or folder [default: train where there is one].")
+@click.option("--text-column", default="text", show_default=True, help="Column of the text.")
+@click.option(
+    "--text-pair-column", help="Column of a second text; of an encoder-decoder, what the decoder reads."
+)
+@click.option("--label-column", help="Column of the label, for empirical Fisher.")
+@click.option("--samples", type=int, help="Rows to take, always the same ones [default: all].")
+@click.option(
+    "--max-length", type=int, help="Tokens of an example [default: the model's limit, at most 512]."
+)
+@click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens of a batch.")
+@click.option("--chat-template", is_flag=True, help="The text column holds conversations.")
+@click.option("--packed", is_flag=True, help="Join texts and cut them into full examples.")
+@click.option(
+    "--estimator",
+    type=click.Choice(["expected", "sampled", "empirical"]),
+    default="expected",
+    show_default=True,
+    help="Of Fisher: over all labels, a drawn one, or the true one.",
+)
+@click.option("--out", required=True, type=click.Path(), help="Folder to write.")
+@click.option("--address", help="Address of a Ray cluster [default: RAY_ADDRESS, else a Ray of its own].")
+@click.option("--in-process", is_flag=True, help="Measure in this process, without Ray.")
+@click.option("--workers", type=int, help="Activation workers [default: one per GPU, or per core up to 16].")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs.",
+)
+@click.option(
+    "--memory-gib", type=float, help="GiB a worker may use for weights and sums [default: what is free]."
+)
+@click.option("--resume", is_flag=True, help="Go on with an unfinished run for OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, or drop an unfinished run for it.")
+@click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("--quiet", is_flag=True, help="No progress and no summary.")
+def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure MODEL over a calibration set and write its statistics to OUT.
+
+    MODEL is a folder or a Hub id, path[@revision]. Statistics do not depend on the number of
+    workers, the size of batches or the memory budget. A finished layer group is kept: after a failure
+    the same command with --resume repeats only the group that was under way.
+    """
+    from raymerge.cluster.statistics import StatisticsOptions, collect_statistics
+    from raymerge.stats.data_rows import DataSpec
+
+    data = DataSpec(**{field: options.pop(name) for name, field in _DATA_OPTIONS.items()})
+    shown = _Progress() if not (quiet or as_json) else None
+    try:
+        result = collect_statistics(
+            model,
+            out,
+            StatisticsOptions(data=data, **options),
+            on_remark=lambda line: remark(f"note: {line}"),
+            on_progress=shown.show if shown else lambda progress: None,
+        )
+    except KeyboardInterrupt:
+        click.echo(
+            "\ninterrupted; finished layer groups are kept: go on with the same command and --resume",
+            err=True,
+        )
+        raise SystemExit(130) from None
+    if as_json:
+        print_json(result.to_mapping())
+    elif not quiet:
+        click.echo(_summary(result))
+
+
+def _summary(result: StatisticsResult) -> str:
+    found = result.to_mapping()
+    what = "linear maps" if found["kind"] == "gram" else "tensors"
+    lines = [
+        f"wrote {found['out']} in {found['seconds']:.1f} s: {found['tokens']:,} tokens of {found['examples']:,} "
+        f"examples, {found['workers']} workers on {found['device']}, {found['groups']} layer groups",
+        f"coverage: {found['covered']:,} of {found['expected']:,} {what} have statistics",
+    ]
+    if found["uncovered"]:
+        more = f" and {len(found['uncovered']) - 5} more" if len(found["uncovered"]) > 5 else ""
+        lines.append(f"not reached by the data: {', '.join(found['uncovered'][:5])}{more}")
+    if found["kind"] == "gram":
+        timing = found["timing"]
+        lines.append(
+            f"Gram update {timing['update_tflops']:.3g} TFLOP/s, forward pass {timing['forward_tflops']:.3g} TFLOP/s"
+        )
+    return "\n".join(lines)
+
+
+class _Progress:
+    """One live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def show(self, progress: StatisticsProgress) -> None:
+        now = time.monotonic()
+        is_live = sys.stderr.isatty()
+        if now - self._last < (_LIVE_SECONDS if is_live else _LOG_SECONDS):
+            return
+        self._last = now
+        total = f" of {progress.group_tokens:,}" if progress.group_tokens else ""
+        line = (
+            f"layer group {progress.group + 1}/{progress.num_groups} | {progress.num_tokens:,}{total} tokens | "
+            f"{progress.tokens_per_second:,.0f} tokens/s"
+        )
+        sys.stderr.write(f"\r\x1b[K{line}" if is_live else f"{line}\n")
+        sys.stderr.flush()

@@ -1,0 +1,188 @@
+"""A group of activation workers as the driver sees it: on threads of this process, or Ray actors.
+
+All workers get an instruction together and the answers come together. Sums live in the workers, so a
+group lives and dies as one: if a worker is lost, the whole group is taken down (`WorkersLost`)
+and started anew, and the driver repeats the layer group that was under way.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from raymerge.merge_actors.errors import ClusterError
+from raymerge.stats.activation_worker import ActivationWorker
+from raymerge.stats.exchange import NoExchange, ThreadExchange, ThreadMeeting
+from raymerge.stats.measure_job import MeasureJob
+
+#: How long to wait for the cluster to give all workers.
+START_SECONDS = 300.0
+_POLL_SECONDS = 0.5
+
+#: Called now and then with the tokens that all workers have passed since the group was started.
+OnTokens = Callable[[int], None]
+
+
+class WorkersLost(Exception):
+    """A worker died; the group is gone."""
+
+
+class ActivationGroup(Protocol):
+    """Workers that carry out instructions together."""
+
+    num_workers: int
+
+    def start(self, job: MeasureJob) -> None:
+        """Start the workers, or start them anew after one was lost."""
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
+        """Call a method of the workers, each with its own arguments, and return the results in order.
+
+        Fewer arguments than workers call only the first ones.
+
+        Raises:
+            WorkersLost: a worker died.
+        """
+
+    def close(self) -> None:
+        """Stop the workers."""
+
+
+class ThreadGroup:
+    """Workers on threads of this process."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._workers: list[ActivationWorker] = []
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="stats")
+
+    def start(self, job: MeasureJob) -> None:
+        """Make the workers and let them meet."""
+        self._workers = [ActivationWorker(job, rank) for rank in range(self.num_workers)]
+        meeting = ThreadMeeting(self.num_workers)
+        for rank, worker in enumerate(self._workers):
+            worker.exchange = ThreadExchange(meeting, rank) if self.num_workers > 1 else NoExchange()
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
+        """Call a method of every worker on its thread; the first error ends the wait of the others."""
+        pairs = zip(self._workers, arguments, strict=False)
+        futures = [self._pool.submit(getattr(worker, method), *each) for worker, each in pairs]
+        waiting = set(futures)
+        while waiting:
+            done, waiting = concurrent.futures.wait(
+                waiting, _POLL_SECONDS, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
+            for future in done:
+                if error := future.exception():
+                    self._wake()
+                    raise error
+            on_tokens(sum(worker.num_tokens for worker in self._workers))
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Let what is under way end."""
+        self._wake()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers = []
+
+    def _wake(self) -> None:
+        """Give an error to workers that wait for each other."""
+        for worker in self._workers:
+            worker.exchange.close()
+
+
+class RayActivationGroup:
+    """Workers as actors of the Ray cluster that this process is connected to."""
+
+    def __init__(self, num_workers: int, *, num_gpus: float) -> None:
+        self.num_workers = num_workers
+        self.pids: list[int] = []
+        """Process ids of the actors."""
+        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus}
+        self._actors: list[Any] = []
+
+    def start(self, job: MeasureJob) -> None:
+        """Start all actors and let them join a process group.
+
+        Raises:
+            ClusterError: the cluster does not give all of them in time.
+        """
+        import ray
+
+        from raymerge.stats.ray_activation_worker import RayActivationWorker
+
+        self.close()
+        skin: Any = RayActivationWorker  # the decorator's type is Ray's own
+        self._actors = [skin.options(**self._options).remote(job, rank) for rank in range(self.num_workers)]
+        ready = [actor.pid.remote() for actor in self._actors]
+        done, _ = ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)
+        if len(done) < len(ready):
+            self.close()
+            raise ClusterError(_shortage(self._options, self.num_workers, len(done)))
+        self.pids = self._get(ready, lambda _: None)
+        if self.num_workers > 1:
+            [(host, port)] = self.call("open_store", [(self.num_workers,)], lambda _: None)
+            self.call("join", [(host, port, self.num_workers)] * self.num_workers, lambda _: None)
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
+        """Call a method of every actor; if one dies, kill all."""
+        pairs = zip(self._actors, arguments, strict=False)
+        return self._get([getattr(actor, method).remote(*each) for actor, each in pairs], on_tokens)
+
+    def close(self) -> None:
+        """Kill every actor."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _get(self, references: list[Any], on_tokens: OnTokens) -> list[Any]:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+        waiting = list(references)
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
+                ray.get(done, timeout=60)
+                if waiting:
+                    asked = [actor.num_tokens.remote() for actor in self._actors]
+                    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
+                    if len(answered) == len(asked):
+                        on_tokens(sum(ray.get(answered, timeout=60)))
+            results: list[Any] = ray.get(references, timeout=60)
+            return results
+        except RayTaskError as error:
+            cause = error.cause
+            self._fail(references)
+            raise cause if isinstance(cause, BaseException) else error from None
+        except (RayActorError, OutOfMemoryError) as error:
+            self.close()
+            raise WorkersLost(str(error).strip().splitlines()[0]) from error
+
+    def _fail(self, references: list[Any]) -> None:
+        """Tell an error of ours from the broken connection that a dead peer leaves behind."""
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+        for reference in references:
+            try:
+                ray.get(reference, timeout=5)
+            except (RayActorError, OutOfMemoryError) as error:
+                self.close()
+                raise WorkersLost(str(error).strip().splitlines()[0]) from error
+            except (RayTaskError, ray.exceptions.GetTimeoutError):
+                continue
+
+
+def _shortage(options: dict[str, Any], num_workers: int, num_ready: int) -> str:
+    import ray
+
+    total = ray.cluster_resources()
+    return (
+        f"only {num_ready} of {num_workers} workers of 1 CPU and {options['num_gpus']:g} GPU each could be started in "
+        f"{START_SECONDS:g} s; the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU: "
+        "ask for fewer --workers."
+    )
