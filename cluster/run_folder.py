@@ -60,14 +60,17 @@ class RunFolder:
                     f"another run is writing {self.out} ({_owner(descriptor)}); wait for it or choose another folder"
                 ) from None
             owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%F %T")}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-            yield
+            with contextlib.suppress(OSError):  # a full disk is told of where it matters
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if os.listdir(self.path) == [_LOCK_NAME]:  # nothing came of the run: leave no trace
+                        shutil.rmtree(self.path)
         finally:
             os.close(descriptor)
-            with contextlib.suppress(OSError):
-                if os.listdir(self.path) == [_LOCK_NAME]:  # nothing came of the run: leave no trace
-                    shutil.rmtree(self.path)
 
     def check_free(self, *, overwrite: bool, resume: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
@@ -115,10 +118,10 @@ class RunFolder:
         Raises:
             OutputError: the disk is full or not writable.
         """
-        os.makedirs(folder, exist_ok=True)
         for file in layout.files:
             path = os.path.join(folder, file.name)
             try:
+                os.makedirs(folder, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 try:
                     os.posix_fallocate(descriptor, 0, file.num_bytes)

@@ -1,0 +1,754 @@
+"""Faults: bad input, full disks, kills and lost workers. Each ends in one sentence or in the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from raymerge.cli.main import main
+from raymerge.cluster import merge as merge_module
+from raymerge.cluster.journal import Journal, read_journal
+from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.worker_group import InProcessGroup
+from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
+from raymerge.merge_actors.task import PieceReport, TaskReport
+
+
+def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    save_file(dict(tensors), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def make_models(
+    folder: Path, shapes: Mapping[str, Sequence[int]], names: Sequence[str] = ("base", "one", "two")
+) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    base = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    folders = []
+    for i, name in enumerate(names):
+        noise = {k: torch.randn(v.shape, generator=generator) * 0.05 * min(i, 1) for k, v in base.items()}
+        folders.append(write_model(folder / name, {k: base[k] + noise[k] for k in base}))
+    return folders
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    """Write a base and two models of one small matrix and a bias."""
+    (tmp_path / "in").mkdir()
+    return make_models(tmp_path / "in", {"w": (16, 8), "b": (8,)})
+
+
+def recipe_of(models: Sequence[str], method: str = "ties", **more: Any) -> dict[str, Any]:
+    entries = [{"model": model, "parameters": {"weight": 0.5}} for model in models[1:]]
+    recipe = {"merge_method": method, "models": entries, **more}
+    return recipe if method == "linear" else {"base_model": models[0], **recipe}
+
+
+def run(recipe: Any, out: Path, **options: Any) -> MergeResult:
+    return merge(
+        [recipe], out, MergeOptions(**{"in_process": True, "workers": 1, "device": "cpu", **options})
+    )
+
+
+def refusal(tmp_path: Path, recipe: Any, *flags: str, code: int = 1) -> str:
+    """Run the command on a bad recipe and return its one sentence; nothing may be left behind."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    before = sorted(os.listdir(tmp_path))
+    found = CliRunner().invoke(main, ["merge", str(path), str(tmp_path / "out"), "--in-process", *flags])
+    assert found.exit_code == code, found.output
+    assert found.stdout == ""
+    lines = [line for line in found.stderr.splitlines() if not line.startswith(("warning:", "note:"))]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), found.stderr
+    assert "Traceback" not in found.stderr
+    assert sorted(os.listdir(tmp_path)) == before, "something was left behind"
+    return lines[0].removeprefix("Error: ").replace(str(tmp_path), "TMP")
+
+
+def weights_digest(folder: str | Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+# Bad input
+
+
+def test_absent_model_and_absent_recipe(tmp_path: Path, models: list[str]) -> None:
+    said = refusal(tmp_path, recipe_of([models[0], models[1], str(tmp_path / "nowhere")]))
+    assert "TMP/nowhere" in said
+    found = CliRunner().invoke(main, ["merge", str(tmp_path / "none.yaml"), str(tmp_path / "out")])
+    assert found.exit_code == 1 and "none.yaml" in found.stderr and "Traceback" not in found.stderr
+
+
+def _replace_header(folder: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the header of a model's file, its data as they are."""
+    path = Path(folder) / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def test_corrupt_files(tmp_path: Path, models: list[str]) -> None:
+    """Truncated, header too long, offsets that overlap or leave the file: the file is named."""
+    path = Path(models[2]) / "model.safetensors"
+    whole = path.read_bytes()
+    file = "TMP/in/two/model.safetensors"
+    path.write_bytes(whole[:-4])
+    assert refusal(tmp_path, recipe_of(models)).startswith(f"{file} is truncated: 'w' ends at byte ")
+    path.write_bytes((10**12).to_bytes(8, "little") + whole[8:])
+    assert refusal(tmp_path, recipe_of(models)).startswith(
+        f"{file} claims a header of 1,000,000,000,000 bytes"
+    )
+    path.write_bytes(whole[:20])
+    assert refusal(tmp_path, recipe_of(models)).startswith(f"{file} is truncated: its header needs")
+    path.write_bytes(whole)
+    _replace_header(models[2], lambda header: header["w"].update(data_offsets=[16, 528]))
+    assert "overlaps 'b'" in refusal(tmp_path, recipe_of(models))
+    path.write_bytes(whole)
+    _replace_header(models[2], lambda header: header["w"].update(data_offsets=[32, 10**6]))
+    assert f"tensor 'w' in {file} has 999,968 bytes" in refusal(tmp_path, recipe_of(models))
+
+
+def test_index_that_lies(tmp_path: Path, models: list[str]) -> None:
+    """An index that points outside the folder, or at a shard that is not there."""
+    folder = Path(models[2])
+    os.rename(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../one/model.safetensors", "b": "x.safetensors"}}))
+    assert "../one/model.safetensors" in refusal(tmp_path, recipe_of(models))
+    index.write_text(json.dumps({"weight_map": {"w": "model-00002-of-00002.safetensors"}}))
+    assert "model-00002-of-00002.safetensors" in refusal(tmp_path, recipe_of(models))
+
+
+def test_shapes_and_vocabularies_that_differ(tmp_path: Path, models: list[str]) -> None:
+    write_model(Path(models[2]), {"w": torch.zeros(16, 9), "b": torch.zeros(8)})
+    assert refusal(tmp_path, recipe_of(models)) == (
+        "tensor w has shape [16, 8] in model TMP/in/base but [16, 9] in TMP/in/two; models of different shape "
+        "cannot be merged: check the base and sizes"
+    )
+    for i, rows in enumerate((32000, 32001)):
+        tensors = {"embed_tokens.weight": torch.zeros(rows, 4)}
+        write_model(Path(models[i + 1]), tensors, vocab_size=rows)
+    recipe = recipe_of([models[0], *models[1:]], "linear")
+    assert refusal(tmp_path, recipe) == (
+        "tensor embed_tokens.weight has shape [32000, 4] in model TMP/in/one but [32001, 4] in TMP/in/two: the "
+        "vocabularies differ (32,000 and 32,001 tokens); choose a policy in the recipe: vocabulary: union, base "
+        "(the base's rows only), pad (fill with the mean) or truncate"
+    )
+
+
+def test_integers_where_floats_are_expected(tmp_path: Path, models: list[str]) -> None:
+    write_model(Path(models[2]), {"w": torch.zeros(16, 8, dtype=torch.int64), "b": torch.zeros(8)})
+    assert refusal(tmp_path, recipe_of(models)) == (
+        "tensor w is F32 in model TMP/in/base but I64 in TMP/in/two; only float tensors can be merged"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("ties", {"density": 1.5}, "density is 1.5; it must be"),
+        ("ties", {"density": -0.1}, "density is -0.1; it must be"),
+        ("ties", {"weight": "heavy"}, "weight is 'heavy'"),
+        ("della", {"weight": 1.0, "density": 0.5, "epsilon": 0.7}, "epsilon"),
+        ("slerp", {"t": 1.5}, "t is 1.5; it must be"),
+        ("linear", {"weight": 0.0}, "sum to 0, which normalize cannot divide by"),
+        ("tie", {}, "unknown merge_method 'tie'"),
+    ],
+)
+def test_parameters_out_of_range(
+    tmp_path: Path, models: list[str], method: str, parameters: dict[str, Any], said: str
+) -> None:
+    entries = [{"model": model} for model in models[1 : 2 if method == "slerp" else 3]]
+    recipe = {"merge_method": method, "base_model": models[0], "models": entries, "parameters": parameters}
+    found = refusal(tmp_path, recipe)
+    assert said in found and "TMP/recipe.yaml" in found
+
+
+def test_unknown_parameter_is_a_warning_and_with_strict_an_error(tmp_path: Path, models: list[str]) -> None:
+    recipe = recipe_of(models, parameters={"lamda": 0.85})
+    assert "did you mean 'lambda'?" in refusal(tmp_path, recipe, "--strict")
+    path = tmp_path / "recipe.yaml"
+    found = CliRunner().invoke(main, ["merge", str(path), str(tmp_path / "out"), "--in-process", "--quiet"])
+    assert found.exit_code == 0
+    assert re.search(
+        r"^warning: .*recipe\.yaml:\d+: key parameters\.lamda .*did you mean", found.stderr, re.M
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "ties", "dare_ties", "task_arithmetic", "nuslerp", "model_stock"]
+)
+@pytest.mark.parametrize("where", ["base", "one", "two"])
+def test_nan_in_an_input_is_named(tmp_path: Path, models: list[str], method: str, where: str) -> None:
+    """Reported by tensor and model by methods that would show it and by those that would hide it."""
+    if method == "linear" and where == "base":
+        pytest.skip("linear does not read the base")
+    folder = tmp_path / "in" / where
+    tensors = load_file(folder / "model.safetensors")
+    tensors["w"][3, 5] = float("nan")
+    tensors["w"][3, 6] = -float("inf")
+    write_model(folder, tensors)
+    recipe = recipe_of(models, method)
+    assert refusal(tmp_path, recipe) == (
+        f"tensor w of model TMP/in/{where} holds 2 NaN or infinite values in elements [0, 128); mend the model, or "
+        "merge it as it is with --allow-nan"
+    )
+    result = run(recipe, tmp_path / "out", allow_nan=True)
+    assert any(f"tensor w of model {folder} holds 2 NaN" in line for line in result.remarks)
+
+
+def test_nan_in_a_cut_tensor_is_named(tmp_path: Path) -> None:
+    """The tensor is measured in slices by the driver before it is merged; the NaN must not get lost there."""
+    (tmp_path / "in").mkdir()
+    models = make_models(tmp_path / "in", {"w": (1400, 1024)})
+    tensors = load_file(Path(models[2]) / "model.safetensors")
+    tensors["w"][1300, 7] = float("nan")
+    write_model(Path(models[2]), tensors)
+    with pytest.raises(NotFiniteError, match=r"tensor w of model \S+two holds 1 NaN or infinite values in"):
+        run(recipe_of(models, parameters={"density": 0.3}), tmp_path / "out", slice_mib=1)
+    assert os.listdir(tmp_path) == ["in"]
+    assert run(recipe_of(models), tmp_path / "out", slice_mib=1, allow_nan=True).outputs
+
+
+def test_overflow_of_a_sum_is_not_taken_for_nan(tmp_path: Path, models: list[str]) -> None:
+    """Squares of large finite values overflow float32: no NaN is reported."""
+    for folder in models:
+        write_model(Path(folder), {"w": torch.full((16, 8), 3e30)})
+    result = run(recipe_of(models, "linear"), tmp_path / "out")
+    assert not [line for line in result.remarks if "NaN" in line]
+    manifest = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())
+    assert manifest["tensors"]["w"]["num_nonfinite"] == 0
+    assert manifest["tensors"]["w"]["norm"] == pytest.approx(3e30 * 128**0.5, rel=1e-5)
+
+
+def test_file_truncated_between_planning_and_reading(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = InProcessGroup.start
+
+    def truncate_and_start(group: InProcessGroup, context: Any) -> None:
+        with open(Path(models[2]) / "model.safetensors", "r+b") as file:
+            file.truncate(200)
+        start(group, context)
+
+    monkeypatch.setattr(InProcessGroup, "start", truncate_and_start)
+    with pytest.raises(
+        CheckpointError, match=r"two/model.safetensors ends at byte 200, .* it was truncated or"
+    ):
+        run(recipe_of(models), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+# OUT and the disk
+
+
+def test_existing_out_is_refused_and_untouched(tmp_path: Path, models: list[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    said = refusal(tmp_path, recipe_of(models))
+    assert said == "TMP/out exists; choose another folder or replace it with --overwrite"
+    assert (out / "precious.txt").read_text() == "mine"
+    run(recipe_of(models), out, overwrite=True)
+    assert not (out / "precious.txt").exists() and (out / "model.safetensors").exists()
+
+
+def test_previous_output_survives_a_failed_overwrite(tmp_path: Path, models: list[str]) -> None:
+    run(recipe_of(models), tmp_path / "out")
+    before = weights_digest(tmp_path / "out")
+    tensors = load_file(Path(models[1]) / "model.safetensors")
+    tensors["w"][0, 0] = float("nan")
+    write_model(Path(models[1]), tensors)
+    with pytest.raises(NotFiniteError):
+        run(recipe_of(models), tmp_path / "out", overwrite=True)
+    assert weights_digest(tmp_path / "out") == before
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_out_that_cannot_be_written(tmp_path: Path, models: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write next to \S+file/sub/out: Not a directory"):
+        run(recipe_of(models), tmp_path / "file" / "sub" / "out")
+    with pytest.raises(OutputError, match=r"cannot write next to /proc/out: "):
+        run(recipe_of(models), Path("/proc/out"))
+
+
+def test_two_runs_on_one_out_exclude_each_other(tmp_path: Path, models: list[str]) -> None:
+    with RunFolder(str(tmp_path / "out")).locked():
+        with pytest.raises(OutputError, match=rf"another run is writing \S+out \(process {os.getpid()} on"):
+            run(recipe_of(models), tmp_path / "out")
+        with pytest.raises(OutputError, match="another run is writing"):
+            run(recipe_of(models), tmp_path / "out", overwrite=True)
+        run(recipe_of(models), tmp_path / "other")
+    run(recipe_of(models), tmp_path / "out")
+
+
+def test_lock_of_a_dead_process_does_not_count(tmp_path: Path, models: list[str]) -> None:
+    folder = tmp_path / ".out.raymerge"
+    folder.mkdir()
+    (folder / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
+    run(recipe_of(models), tmp_path / "out")
+    assert not folder.exists()
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr("raymerge.cluster.run_folder.shutil.disk_usage", lambda path: usage)
+    said = refusal(tmp_path, recipe_of(models))
+    assert said == (
+        "the output needs 0.0 GB but only 0.0 GB are free on the file system of TMP/out"
+    ) or said.startswith("the output needs 544 B but only 100 B are free")
+
+
+class _FullDisk:
+    """Let `os.pwrite` fail like a full disk from a chosen call on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first_failure: int) -> None:
+        self.calls = 0
+        write = os.pwrite
+
+        def pwrite(descriptor: int, data: Any, offset: int) -> int:
+            self.calls += 1
+            if self.calls > first_failure:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data, offset)
+
+        monkeypatch.setattr("raymerge.merge_actors.files.os.pwrite", pwrite)
+
+
+def test_full_disk_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up in the middle: one sentence, no OUT, and --resume does only the rest."""
+    (tmp_path / "in").mkdir()
+    models = make_models(tmp_path / "in", {f"t{i}": (512, 512) for i in range(8)})  # a task of 1 MiB each
+    recipe = recipe_of(models, "linear")
+    run(recipe, tmp_path / "reference", slice_mib=1)
+    with monkeypatch.context() as patch:
+        _FullDisk(patch, 3 + 2)  # the lock and the header are written with pwrite as well
+        with pytest.raises(
+            OutputError, match=r"the disk is full while writing \S+; free some space .* --resume"
+        ):
+            run(recipe, tmp_path / "out", slice_mib=1)
+    assert sorted(os.listdir(tmp_path)) == [".out.raymerge", "in", "reference"]
+    with pytest.raises(
+        OutputError, match=r"an unfinished run for .* go on with --resume, or start anew with"
+    ):
+        run(recipe, tmp_path / "out", slice_mib=1)
+    result = run(recipe, tmp_path / "out", slice_mib=1, resume=True)
+    assert 0 < result.num_resumed < result.num_tasks
+    assert result.totals.num_tasks == result.num_tasks - result.num_resumed
+    assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "reference")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out", "reference"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 4 MiB; skip where that is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system is not allowed here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_output_larger_than_the_disk(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "in").mkdir()
+    models = make_models(tmp_path / "in", {"w": (1500, 1024)})
+    with pytest.raises(OutputError, match=r"the output needs .* free on the file system of"):
+        run(recipe_of(models), small_disk / "out")
+    assert os.listdir(small_disk) == []
+
+
+@pytest.mark.parametrize("spare_pages", range(6))
+def test_disk_that_is_full_to_the_brim(tmp_path: Path, small_disk: Path, spare_pages: int) -> None:
+    """The weights fit to the page and not all else: whatever does not fit is told in one sentence."""
+    (tmp_path / "in").mkdir()
+    models = make_models(tmp_path / "in", {"w": (512, 1024)})
+    spare = 512 * 4096 + 4096 * spare_pages
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - spare))
+    with pytest.raises(OutputError, match=r"the disk is full while writing|the output needs"):
+        run(recipe_of(models), small_disk / "out")
+    os.remove(small_disk / "filler")
+    is_resumable = os.path.exists(small_disk / ".out.raymerge")  # the one task was done
+    assert is_resumable == (spare_pages == 5)
+    assert run(recipe_of(models), small_disk / "out", resume=is_resumable).num_resumed == is_resumable
+    assert os.listdir(small_disk) == ["out"]
+
+
+# Kills and signals
+
+#: Runs the command with every task slowed down, so that a signal comes in the middle.
+_SLOW_DRIVER = """
+import sys, time
+from raymerge.merge_actors.worker import MergeWorker
+merge = MergeWorker.merge
+def slow(self, task, states):
+    time.sleep(0.05)
+    return merge(self, task, states)
+MergeWorker.merge = slow
+from raymerge.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def many_tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Write a recipe of sixty tasks and merge it undisturbed: the recipe's file and the reference."""
+    root = tmp_path_factory.mktemp("many")
+    models = make_models(root, {f"t{i}": (512, 512) for i in range(60)})
+    recipe = root / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(models, "dare_ties", parameters={"density": 0.5})))
+    run(str(recipe), root / "reference", slice_mib=1)
+    return recipe, root / "reference"
+
+
+def start_driver(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    arguments = ["merge", str(recipe), str(out), "--in-process", "--workers", "1", "--slice-mib", "1", *flags]
+    return subprocess.Popen(
+        [sys.executable, "-c", _SLOW_DRIVER, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for_tasks(out: Path, count: int) -> None:
+    """Wait until the journal of a run holds some finished tasks."""
+    journal = RunFolder(str(out)).journal_path
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if len(read_journal(journal)[1]) >= count:
+                return
+        time.sleep(0.02)
+    raise AssertionError("the run did not come so far")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_driver_is_resumed(
+    tmp_path: Path, many_tasks: tuple[Path, Path], kind: signal.Signals
+) -> None:
+    """Finished tasks are in the journal and are not repeated; the bytes are those of an undisturbed run."""
+    recipe, reference = many_tasks
+    driver = start_driver(recipe, tmp_path / "out")
+    wait_for_tasks(tmp_path / "out", 5)
+    started = time.monotonic()
+    driver.send_signal(kind)
+    _, stderr = driver.communicate(timeout=60)
+    if kind is signal.SIGINT:
+        assert time.monotonic() - started < 5
+        assert driver.returncode == 130
+        assert "interrupted; finished tasks are kept" in stderr and "--resume" in stderr
+        assert "Traceback" not in stderr
+    else:
+        assert driver.returncode == -kind
+    assert not (tmp_path / "out").exists()
+    finished = {report.number for report in read_journal(RunFolder(str(tmp_path / "out")).journal_path)[1]}
+    assert 5 <= len(finished) < 60
+    done: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        add = Journal.add
+        patch.setattr(Journal, "add", lambda self, report: (done.append(report.number), add(self, report)))
+        result = run(str(recipe), tmp_path / "out", slice_mib=1, resume=True)
+    assert result.num_resumed == len(finished)
+    assert set(done) == set(range(result.num_tasks)) - finished
+    assert weights_digest(tmp_path / "out") == weights_digest(reference)
+    manifests = [
+        json.loads((folder / "raymerge_manifest.json").read_text())
+        for folder in (tmp_path / "out", reference)
+    ]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the driver be interrupted once so many tasks are in the journal."""
+    add = Journal.add
+
+    def add_and_stop(journal: Journal, report: TaskReport) -> None:
+        add(journal, report)
+        if len(journal.done) >= count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add_and_stop)
+
+
+def test_resume_refuses_another_plan(
+    tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, reference = many_tasks
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        run(str(recipe), tmp_path / "out", slice_mib=1)
+    for changed in ({"seed": 7}, {"dtype": "bfloat16"}, {"slice_mib": 2}):
+        with pytest.raises(OutputError, match="was planned from other inputs or options"):
+            run(str(recipe), tmp_path / "out", **{"slice_mib": 1, **changed}, resume=True)
+    result = run(str(recipe), tmp_path / "out", slice_mib=1, resume=True)
+    assert result.num_resumed == 4
+    assert weights_digest(tmp_path / "out") == weights_digest(reference)
+
+
+def test_overwriting_run_can_be_resumed(
+    tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The previous output stands until the new one is whole, also over a kill and a resumption."""
+    recipe, reference = many_tasks
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        run(str(recipe), tmp_path / "out", slice_mib=1, overwrite=True)
+    assert os.listdir(tmp_path / "out") == ["old.txt"]
+    result = run(str(recipe), tmp_path / "out", slice_mib=1, resume=True)
+    assert result.num_resumed == 4
+    assert weights_digest(tmp_path / "out") == weights_digest(reference)
+    assert not (tmp_path / "out" / "old.txt").exists()
+
+
+def test_resuming_never_replaces_an_out_that_came_up_meanwhile(
+    tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        run(str(many_tasks[0]), tmp_path / "out", slice_mib=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists; choose another folder"):
+        run(str(many_tasks[0]), tmp_path / "out", slice_mib=1, resume=True)
+
+
+def test_resume_without_an_unfinished_run_starts_one(tmp_path: Path, models: list[str]) -> None:
+    assert run(recipe_of(models), tmp_path / "out", resume=True).num_resumed == 0
+
+
+def test_campaign_of_two_waves_is_resumed_in_the_second(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {**recipe_of(models), "name": "step1"}
+    second = {**recipe_of([models[0], "step1", models[2]], "task_arithmetic"), "name": "step2"}
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump_all([first, second]))
+    run(str(path), tmp_path / "reference")
+    finish = merge_module._Run._finish_outputs
+
+    def stop_in_the_second(self: Any, wave: Any, journal: Any, figures: Any) -> None:
+        if wave.plan.recipes[0].recipe.name == "step2":
+            raise KeyboardInterrupt
+        finish(self, wave, journal, figures)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge_module._Run, "_finish_outputs", stop_in_the_second)
+        run(str(path), tmp_path / "out")
+    result = run(str(path), tmp_path / "out", resume=True)
+    assert result.num_resumed == result.num_tasks == 2
+    assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "reference")
+
+
+def test_recipe_named_like_a_model_is_resumed_with_the_model(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half-written output of recipe "one" is not taken for the model in folder "one"."""
+    monkeypatch.chdir(tmp_path / "in")
+    recipe = {**recipe_of(["base", "one", "two"]), "name": "one"}
+    run(recipe, tmp_path / "reference")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "out", resume=True)
+    assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "reference")
+
+
+# The journal
+
+
+def _report(number: int) -> TaskReport:
+    piece = PieceReport(recipe=0, tensor="w", checksum=2**64 - 1, sum_squares=0.1, num_nonfinite=3)
+    return TaskReport(
+        number=number,
+        pieces=(piece,),
+        read_bytes=10,
+        write_bytes=5,
+        read_seconds=0.25,
+        merge_seconds=0.5,
+        write_seconds=0.125,
+        warnings=("a warning",),
+    )
+
+
+@pytest.mark.parametrize("cut", [2, 5, 40, 100])
+def test_journal_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(str(path), "plan", {"num_tasks": 3})
+    for number in range(3):
+        journal.add(_report(number))
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    resumed = Journal.resume(str(path), "plan")
+    assert resumed.done == {0: _report(0), 1: _report(1)}
+    resumed.add(_report(2))
+    resumed.close()
+    header, reports = read_journal(str(path))
+    assert (header["num_tasks"], reports) == (3, [_report(0), _report(1), _report(2)])
+
+
+def test_journal_of_another_boot_starts_over(tmp_path: Path) -> None:
+    """After a loss of power the pages of finished tasks may not be on the disk."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(str(path), "plan", {})
+    journal.add(_report(0))
+    journal.close()
+    lines = path.read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "boot": "another"})
+    path.write_text("\n".join(lines) + "\n")
+    resumed = Journal.resume(str(path), "plan")
+    assert resumed.done == {}
+    resumed.close()
+
+
+# Ray
+
+
+def _spy_on_workers(monkeypatch: pytest.MonkeyPatch, on_event: Callable[[Any, int], None]) -> None:
+    """Call `on_event(group, number of events so far)` after each wait that brought something."""
+    from raymerge.cluster.ray_group import RayGroup
+
+    wait = RayGroup.wait
+    count = 0
+
+    def wait_and_tell(group: RayGroup, timeout_seconds: float) -> list[Any]:
+        nonlocal count
+        events = wait(group, timeout_seconds)
+        count += len(events)
+        if events:
+            on_event(group, count)
+        return events
+
+    monkeypatch.setattr(RayGroup, "wait", wait_and_tell)
+
+
+def _pid_of(actor: Any) -> int:
+    import ray
+
+    pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+    assert isinstance(pid, int)
+    return pid
+
+
+@pytest.mark.ray
+def test_killed_actor_changes_no_byte(
+    ray_session: None, tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor's process dies with instructions in flight: a new one does them again."""
+    killed: list[int] = []
+
+    def kill_one(group: Any, count: int) -> None:
+        if count >= 5 and not killed:
+            actor = next(iter(group._actors.values()))
+            killed.append(_pid_of(actor))
+            os.kill(killed[0], signal.SIGKILL)
+
+    _spy_on_workers(monkeypatch, kill_one)
+    result = run(str(many_tasks[0]), tmp_path / "out", in_process=False, workers=2, slice_mib=1)
+    assert killed and result.totals.num_retries > 0
+    assert result.totals.num_tasks == result.num_tasks
+    assert weights_digest(tmp_path / "out") == weights_digest(many_tasks[1])
+
+
+@pytest.mark.ray
+def test_error_of_an_actor_is_the_users_sentence(
+    ray_session: None, tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user error crosses Ray as itself and is not retried."""
+    tensors = load_file(Path(models[1]) / "model.safetensors")
+    tensors["w"][0, 0] = float("nan")
+    write_model(Path(models[1]), tensors)
+    with pytest.raises(NotFiniteError, match=r"^tensor w of model \S+one holds 1 NaN .* --allow-nan$"):
+        run(recipe_of(models), tmp_path / "out", in_process=False, workers=1)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_path_that_a_node_does_not_see(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = InProcessGroup.start
+
+    def start_elsewhere(group: InProcessGroup, context: Any) -> None:
+        os.rename(models[2], tmp_path / "in" / "away")
+        start(group, context)
+
+    monkeypatch.setattr(InProcessGroup, "start", start_elsewhere)
+    with pytest.raises(ClusterError, match=r"node \S+ does not see \S+two; inputs and output must lie on"):
+        run(recipe_of(models), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+_NODE_LOSS_SCRIPT = """
+import os, sys, time
+import ray
+from ray.cluster_utils import Cluster
+checks = dict(health_check_initial_delay_ms=0, health_check_period_ms=300, health_check_timeout_ms=500,
+              health_check_failure_threshold=2)
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, _system_config=checks))
+node = cluster.add_node(num_cpus=2)
+ray.init(address=cluster.address, logging_level="ERROR")
+from raymerge.cluster.merge import merge
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.ray_group import RayGroup
+wait, seen, removed = RayGroup.wait, 0, False
+def wait_and_remove(group, timeout_seconds):
+    global seen, removed
+    events = wait(group, timeout_seconds)
+    seen += len(events)
+    if seen >= 5 and len(group._actors) == 3 and not removed:
+        removed = True
+        cluster.remove_node(node, allow_graceful=False)
+    return events
+RayGroup.wait = wait_and_remove
+result = merge([sys.argv[1]], sys.argv[2], MergeOptions(workers=3, slice_mib=1, device="cpu"))
+print(removed, result.totals.num_retries)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_lost_node_changes_no_byte(tmp_path: Path, many_tasks: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-c", _NODE_LOSS_SCRIPT, str(many_tasks[0]), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    removed, num_retries = done.stdout.split()[-2:]
+    assert removed == "True" and int(num_retries) > 0
+    assert weights_digest(tmp_path / "out") == weights_digest(many_tasks[1])
