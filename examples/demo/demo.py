@@ -151,7 +151,9 @@ def merge() -> None:
     raymerge = Path(sys.executable).with_name("raymerge")
     command = [str(raymerge), "merge", str(RECIPES.relative_to(ROOT)), str(merged.relative_to(ROOT))]
     print("$", "raymerge", *command[1:], flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)  # raymerge has said why
 
 
 def evaluate() -> None:
