@@ -9,6 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from raymerge.cluster.worker_group import WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.task import PieceReport, RunContext
+
+#: Gives a worker group, connected and perhaps used before, and takes it back.
+Workers = AbstractContextManager[tuple[WorkerGroup, Placement]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,7 @@ def merge(
     strict: bool = False,
     on_remark: Callable[[str], None] | None = None,
     show_progress: bool = False,
+    workers: Workers | None = None,
 ) -> MergeResult:
     """Merge all recipes as one campaign.
 
@@ -70,6 +75,7 @@ def merge(
         strict: turn remarks about recipe keys into errors.
         on_remark: called with each remark as soon as it is known.
         show_progress: print progress on stderr.
+        workers: gives the workers, which are started if it is None; a session has its own.
 
     Raises:
         RaymergeError: with one sentence for the user; OUT is then as it was before.
@@ -92,7 +98,13 @@ def merge(
         folder.check_free(overwrite=options.overwrite, resume=options.resume)
         if not options.resume:
             folder.clear()
-        run = _Run(folder, options, remark, show_progress)
+        workers = workers or connected(
+            address=options.address,
+            in_process=options.in_process,
+            workers=options.workers,
+            device=options.device,
+        )
+        run = _Run(folder, options, workers, remark, show_progress)
         try:
             run.carry_out(waves(read))
         except RaymergeError as error:
@@ -119,9 +131,15 @@ class _Run:
     """One run over all waves of a campaign, up to the commit."""
 
     def __init__(
-        self, folder: RunFolder, options: MergeOptions, remark: Callable[[str], None], show_progress: bool
+        self,
+        folder: RunFolder,
+        options: MergeOptions,
+        workers: Workers,
+        remark: Callable[[str], None],
+        show_progress: bool,
     ) -> None:
-        self.folder, self.options, self.remark, self.show_progress = folder, options, remark, show_progress
+        self.folder, self.options, self.workers = folder, options, workers
+        self.remark, self.show_progress = remark, show_progress
         self.totals = Totals()
         self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
@@ -131,17 +149,10 @@ class _Run:
         recipes = [recipe for wave in ordered for recipe in wave]
         folders = {recipe.name: self.folder.output(recipe.name) for recipe in recipes}
         first = self._plan(ordered[0], folders)
-        options = self.options
-        with connected(
-            address=options.address,
-            in_process=options.in_process,
-            workers=options.workers,
-            device=options.device,
-        ) as (group, placement):
+        with self.workers as (group, placement):
             self.placement = placement
             for number, wave in enumerate(ordered):
                 self._run_wave(number, first if number == 0 else self._plan(wave, folders), group, placement)
-                group.close()
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         results = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
@@ -170,6 +181,9 @@ class _Run:
             group.start(self._context(wave, placement))
             controller = Controller(plan, group, journal, progress.show if self.show_progress else _silent)
             totals = controller.run()
+        except BaseException:
+            group.close()  # a worker may still be writing into a folder that is about to go
+            raise
         finally:
             progress.clear()
             journal.close()

@@ -44,13 +44,18 @@ class RayGroup:
         self._last_alive = 0.0
 
     def start(self, context: RunContext) -> None:
-        """Ask for all actors and return when the first is ready; the others join as they come.
+        """Set all actors up and return when the first is ready; the others join as they come.
+
+        Actors of an earlier run are used again; missing ones are started.
 
         Raises:
             ClusterError: no worker came up in time, or a node does not see a path.
         """
         self._context = ray.put(context)
-        for _ in range(self._num_workers):
+        actors, self._actors = self._actors, {}
+        for number, actor in actors.items():
+            self._starting[actor.setup.remote(self._context)] = (number, actor)
+        while len(self._starting) < self._num_workers:
             self._launch()
         self._last_alive = time.monotonic()
         while not self._actors:
@@ -105,8 +110,8 @@ class RayGroup:
         number = self._next_number
         self._next_number += 1
         skin: Any = RayMergeWorker  # the decorator's type is Ray's own
-        actor = skin.options(**self._options).remote(self._context)
-        self._starting[actor.check.remote()] = (number, actor)
+        actor = skin.options(**self._options).remote()
+        self._starting[actor.setup.remote(self._context)] = (number, actor)
 
     def _joined(self, reference: Any) -> list[Event]:
         number, actor = self._starting.pop(reference)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
-from raymerge.stats.activation_worker import in_group, maps_of
-from raymerge.stats.layer_groups import LayerGroup, assign_owners
+from raymerge.stats.layer_groups import LayerGroup, assign_owners, in_group
 from raymerge.stats.linear_maps import LinearMap
 from raymerge.stats.masked_rows import Batching
 from raymerge.stats.measure_job import Description, Entry, GroupReport
@@ -71,7 +70,7 @@ def gram_entries(
 
     Linear maps (and experts kept apart) that no row reached have neither.
     """
-    maps = {each.parameter: each for each in maps_of(description.maps.maps, group)}
+    maps = {each.parameter: each for each in description.maps.maps if in_group(each.block, group)}
     found: list[tuple[str, LinearMap, tuple[int, ...], tuple[int, ...]]] = []
     modules: dict[str, dict[str, Any]] = {}
     for each in maps.values():

@@ -64,7 +64,7 @@ class WorkerGroup(Protocol):
     """Workers that carry out instructions in any order."""
 
     def start(self, context: RunContext) -> None:
-        """Start the workers and check that each sees the run's paths."""
+        """Make the workers ready for a run, and check that each sees its paths."""
 
     def workers(self) -> tuple[int, ...]:
         """Return the numbers of the workers that are alive."""
@@ -89,7 +89,8 @@ class InProcessGroup:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def start(self, context: RunContext) -> None:
-        """Make the workers."""
+        """Make the workers anew."""
+        self.close()
         for number in range(self._num_workers):
             self._workers.append(MergeWorker(context))
             self._pools.append(

@@ -24,15 +24,13 @@ from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 class RayMergeWorker:
     """`MergeWorker` as an actor; its tasks are idempotent, so the driver may repeat them."""
 
-    def __init__(self, context: RunContext) -> None:
+    def setup(self, context: RunContext) -> str:
+        """Become the worker of a run, after another if need be; see `MergeWorker.check`."""
         if context.device == "cpu":
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
             # too, but then Ray cannot use the processes that it keeps ready.)
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._worker = MergeWorker(context)
-
-    def check(self) -> str:
-        """See `MergeWorker.check`."""
         return self._worker.check()
 
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raymerge.cluster.inspect import Inspection
     from raymerge.cluster.merge import MergeResult
+    from raymerge.cluster.session import Session as Session
     from raymerge.cluster.verify import Verification
 
-__all__ = ["inspect", "merge", "plan", "verify"]
+__all__ = ["Session", "inspect", "merge", "plan", "verify"]
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -87,6 +88,15 @@ def verify(out: str | os.PathLike[str], **options: Any) -> Verification:
     from raymerge.cluster.verify import verify as run
 
     return run(os.fspath(out), **options)
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Session` when it is asked for."""
+    if name == "Session":
+        from raymerge.cluster.session import Session
+
+        return Session
+    raise AttributeError(f"module 'raymerge' has no attribute {name!r}")
 
 
 def _as_list(recipe: Recipe | Sequence[Recipe]) -> list[Recipe]:

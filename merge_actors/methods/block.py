@@ -3,7 +3,8 @@
 Tensors are processed in units of about 262,144 elements: small enough for their float32
 copies to stay in cache, large enough that Python's cost per operation does not count. A unit
 is a fixed piece of the tensor (`unit_elements` counts from the tensor's first element), so
-sums taken per unit never depend on how the tensor was cut into slices. On a CPU a block is one unit; on a GPU it is many.
+sums taken per unit never depend on how the tensor was cut into slices. On a CPU a block is one
+unit; on a GPU it is many.
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""A session's workers serve one merge after the other, also after one that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import raymerge
+from raymerge.merge_actors.errors import NotFiniteError, OutputError
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    folders = []
+    for name in ("base", "one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": rng.standard_normal((300, 200)).astype(np.float32)}, folder / "model.safetensors")
+        folders.append(str(folder))
+    return folders
+
+
+def ties(models: list[str]) -> dict[str, Any]:
+    base, *others = models
+    return {
+        "merge_method": "ties",
+        "base_model": base,
+        "models": [{"model": m, "parameters": {"weight": 0.5, "density": 0.3}} for m in others],
+    }
+
+
+@pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.ray)])
+def test_merges_on_one_set_of_workers(
+    in_process: bool, models: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not in_process:
+        request.getfixturevalue("ray_session")
+    alone = tmp_path / "alone"
+    raymerge.merge(ties(models), alone, in_process=True)
+    with raymerge.Session(in_process=in_process, workers=2) as session:
+        for number in range(3):
+            result = session.merge(ties(models), tmp_path / f"out{number}")
+            assert result.num_workers == 2
+        with pytest.raises(OutputError, match="exists"):
+            session.merge(ties(models), tmp_path / "out0")
+        several = session.merge(
+            [{**ties(models), "name": "a"}, {**ties(models), "name": "b"}], tmp_path / "both"
+        )
+    expected = load_file(alone / "model.safetensors")["w"]
+    for folder in (tmp_path / "out0", tmp_path / "out2", *several.outputs):
+        assert np.array_equal(load_file(Path(folder) / "model.safetensors")["w"], expected)
+
+
+@pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.ray)])
+def test_a_failed_merge_leaves_the_session_usable(
+    in_process: bool, models: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not in_process:
+        request.getfixturevalue("ray_session")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    save_file({"w": np.full((300, 200), np.nan, np.float32)}, bad / "model.safetensors")
+    with raymerge.Session(in_process=in_process, workers=1) as session:
+        with pytest.raises(NotFiniteError, match="bad"):
+            session.merge(ties([models[0], models[1], str(bad)]), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        session.merge(ties(models), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_options_of_the_workers_are_the_sessions(models: list[str], tmp_path: Path) -> None:
+    with raymerge.Session(in_process=True, workers=1) as session:
+        session.merge(ties(models), tmp_path / "out", slice_mib=1, seed=3)
+    with pytest.raises(AttributeError, match="no attribute 'Sessions'"):
+        raymerge.Sessions  # noqa: B018
