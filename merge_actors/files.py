@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import threading
 
 from raymerge.merge_actors.errors import CheckpointError, OutputError
@@ -74,6 +76,13 @@ class Files:
                 here = os.path.join(self._moved[folder], name) if folder in self._moved else path
                 found = self._descriptors[path, flags] = os.open(here, flags | os.O_CLOEXEC)
             return found
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may have: a large model is in hundreds."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def write_error(path: str, error: OSError) -> OutputError:

@@ -21,7 +21,7 @@ from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.errors import ClusterError, NotFiniteError
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.inputs import aligned, arena_bytes, output_arena_bytes, read_pieces
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
@@ -63,6 +63,7 @@ class MergeWorker:
 
         self.context = context
         torch.set_num_threads(context.num_threads)
+        allow_many_files()
         device = (
             torch.device("cuda", torch.cuda.current_device())
             if context.device == "cuda"
