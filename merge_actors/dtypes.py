@@ -29,6 +29,8 @@ _TYPES: dict[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
 }
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+#: Floats that a sound value of another type may be too large for.
+NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
 _BY_TORCH = {attribute: name for name, (attribute, _) in _TYPES.items()}
 
 

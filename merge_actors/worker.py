@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
-from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
+from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
 from raymerge.merge_actors.errors import ClusterError, NotFiniteError
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.inputs import aligned, arena_bytes, output_arena_bytes, read_pieces
@@ -49,10 +49,12 @@ NUM_LANES = 2
 
 
 class Figures(NamedTuple):
-    """What a merged piece holds, before it is rounded to the output dtype."""
+    """What a merged piece holds."""
 
     sum_squares: float
+    """Before the values are rounded to the output dtype."""
     num_nonfinite: int
+    """After it."""
 
 
 class MergeWorker:
@@ -150,7 +152,6 @@ class MergeWorker:
 
         Raises:
             NotFiniteError: a Gram or a weight holds NaN or infinity.
-            RecipeError: too few rows for the input features at alpha 1.
         """
         import torch
 
@@ -177,7 +178,6 @@ class MergeWorker:
             read_seconds=0.0,
             merge_seconds=clock[1] - clock[0],
             write_seconds=clock[2] - clock[1],
-            warnings=tuple(solving.warnings),
         )
 
     def measure(self, task: MeasureTask) -> MeasureReport:
@@ -255,6 +255,14 @@ class MergeWorker:
                 finite_P = merged_P.double()
                 squares = float(finite_P.nan_to_num_(0, 0, 0).square().sum())
             sum_squares += squares
+        if job.dtype in NARROW:
+            lost = count_nonfinite(out_P) - num_nonfinite
+            if lost > 0:
+                warnings.append(
+                    f"{lost:,} values of tensor {job.tensor} are beyond the range of {job.dtype} and became "
+                    "infinite or NaN; choose another out_dtype, such as bfloat16"
+                )
+                num_nonfinite += lost
         return Figures(sum_squares, num_nonfinite)
 
     def _write_piece(self, piece: Piece, job: Job, data: memoryview, figures: Figures) -> PieceReport:

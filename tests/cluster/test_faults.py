@@ -249,6 +249,23 @@ def test_overflow_of_a_sum_is_not_taken_for_nan(tmp_path: Path, models: list[str
     assert manifest["tensors"]["w"]["norm"] == pytest.approx(3e30 * 128**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("float8_e5m2", 57344.0)])
+def test_values_beyond_the_range_of_the_output_are_told(
+    tmp_path: Path, models: list[str], dtype: str, largest: float
+) -> None:
+    """Three values that a narrow type cannot hold: counted in the manifest, and said aloud."""
+    tensors = {"w": torch.full((16, 8), largest), "b": torch.ones(8)}
+    tensors["w"][0, :3] = 3 * largest
+    for folder in models:
+        write_model(Path(folder), tensors)
+    result = run(recipe_of(models, "linear"), tmp_path / "out", dtype=dtype)
+    (line,) = [line for line in result.remarks if "beyond the range" in line]
+    assert line.startswith("3 values of tensor w are beyond the range of F")
+    manifest = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())
+    assert manifest["tensors"]["w"]["num_nonfinite"] == 3
+    assert manifest["tensors"]["b"]["num_nonfinite"] == 0
+
+
 def test_file_truncated_between_planning_and_reading(
     tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
