@@ -26,8 +26,10 @@ from raymerge.merge_actors.checkpoint.adapter import open_adapter
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
-from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.merge_actors.errors import CheckpointError, MismatchError, RecipeError
+from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.task import HubModel
+from raymerge.stats.statistics_file import Statistics, open_statistics
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -137,7 +139,8 @@ def plan_wave(
     limit = parse_size(options.out_shard_size)
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
-        tensors, said = match(recipe, models, vocabulary)
+        statistics = _open_statistics(recipe, models)
+        tensors, said = match(recipe, models, vocabulary, statistics)
         said += vocabulary.remarks if vocabulary else ()
         remarks += [f"{recipe.name}: {remark}" for remark in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
@@ -178,6 +181,30 @@ def _open_models(
             adapter = open_adapter(folder, checkpoints[place], allow_pickle=options.allow_pickle)
         models[ref.key] = LoadedModel(ref.key, checkpoints[place], adapter)
     return models, hub_models
+
+
+def _open_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[str, Statistics]:
+    """Open the statistics that a recipe names, by path, and check them against their models."""
+    kind = METHODS[recipe.merge_method].statistic
+    found: dict[str, Statistics] = {}
+    for _, layers in recipe.slices():
+        for use in layers.sources:
+            if kind is None:
+                continue
+            if use.statistics is None:
+                raise RecipeError(
+                    f"{recipe.origin.at(use.where)}: {recipe.merge_method} needs statistics of {use.model.key}; "
+                    f"measure them with raymerge stats --kind {kind} and name their folder: statistics: PATH"
+                )
+            statistics = open_statistics(use.statistics)
+            if statistics.kind != kind:
+                raise MismatchError(
+                    f"the statistics {use.statistics} are of kind {statistics.kind}, but {recipe.merge_method} "
+                    f"needs {kind}"
+                )
+            statistics.check_against(models[use.model.key].checkpoint)
+            found[use.statistics] = statistics
+    return found
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:

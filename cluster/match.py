@@ -26,8 +26,10 @@ from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS
-from raymerge.merge_actors.methods.interface import Method, Settings
+from raymerge.merge_actors.methods.interface import Method, Settings, Value
+from raymerge.merge_actors.methods.regmean import check_rows
 from raymerge.merge_actors.task import RowRun
+from raymerge.stats.statistics_file import Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,10 @@ _COPY = Settings(models=({},))
 
 
 def match(
-    recipe: Recipe, models: Mapping[str, LoadedModel], vocabulary: Vocabulary | None
+    recipe: Recipe,
+    models: Mapping[str, LoadedModel],
+    vocabulary: Vocabulary | None,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> tuple[list[MergedTensor], list[str]]:
     """Match the tensors of all models of a recipe.
 
@@ -106,6 +111,7 @@ def match(
         recipe: what to make.
         models: by `ModelRef.key`; at least all models of the recipe.
         vocabulary: which rows of each model make the output's vocabulary; None if all agree.
+        statistics: what the recipe's models are merged by, by path.
 
     Returns:
         the output's tensors in the order of the donor's files, and remarks for the user.
@@ -115,7 +121,7 @@ def match(
         RecipeError: a layer range outside a model, or a module that no tensor belongs to.
     """
     method = METHODS[recipe.merge_method]
-    matcher = _Matcher(recipe, method, models, vocabulary)
+    matcher = _Matcher(recipe, method, models, vocabulary, statistics or {})
     tensors: list[MergedTensor] = []
     for module, layers, names in _by_slice(recipe, models):
         tensors += matcher.match_slice(module, layers, names)
@@ -131,10 +137,13 @@ class _Matcher:
         method: Method,
         models: Mapping[str, LoadedModel],
         vocabulary: Vocabulary | None,
+        statistics: Mapping[str, Statistics],
     ) -> None:
         self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
+        self.statistics = statistics
         self._notes: dict[str, list[str]] = {}
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
+        self._averages: dict[tuple[Value, ...], Settings] = {}
 
     def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[_Place]) -> list[MergedTensor]:
         uses = layers.uses()
@@ -167,7 +176,14 @@ class _Matcher:
             return None
         runs = self.vocabulary.row_runs(use.model.key, info) if self.vocabulary else None
         low_rank = model.adapter.pairs.get(name) if model.adapter else None
-        return Operand(use.model.key, info, low_rank, runs)
+        return Operand(use.model.key, info, low_rank, runs, self._statistic(use, info.name))
+
+    def _statistic(self, use: SourceUse, name: str) -> Statistic | None:
+        """Return the statistic of one tensor, if the model's statistics hold one that can be used."""
+        module = self.statistics[use.statistics].modules.get(name) if use.statistics else None
+        if module is None or module.kind == "experts":
+            return None
+        return Statistic(module.tensor, sum(module.num_rows), module.in_features, module.kind == "conv1d")
 
     def _match_tensor(
         self,
@@ -191,6 +207,16 @@ class _Matcher:
         shape = self._common_shape(place.name, present)
         base, merged = (present[0], present[1:]) if layers.base else (None, present)
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
+        models = tuple(merged[i] for i in order)
+        note = ""
+        if self.method.statistic is not None and not _all_measured(models):
+            models = tuple(dataclasses.replace(operand, statistic=None) for operand in models)
+            note = f"averaged, no {self.method.statistic} statistics for it"
+            self._note(note, place.name)
+            if self.method.kind == "block":  # the formula needs a statistic; a solved method has its mean
+                return self._average(place.name, models, note, [m["weight"] for m in settings.models])
+        elif self.method.kind == "solve":
+            self._check_rows(place.name, merged, settings)
         return MergedTensor(
             name=place.name,
             shape=shape,
@@ -198,9 +224,22 @@ class _Matcher:
             method=self.method.name,
             settings=self._reorder(settings, order),
             base=base,
-            models=tuple(merged[i] for i in order),
+            models=models,
             stream_names=tuple(streams),
+            note=note,
         )
+
+    def _check_rows(self, name: str, models: Sequence[Operand], settings: Settings) -> None:
+        """Refuse statistics of fewer rows than input features at alpha 1; remark on them below it."""
+        counted = [
+            operand.statistic
+            for operand, model in zip(models, settings.models, strict=True)
+            if operand.statistic is not None and model["weight"]
+        ]
+        alpha, force = float(settings.shared["alpha"] or 0), bool(settings.shared["force"])
+        rows = [statistic.num_rows for statistic in counted]
+        if check_rows(name, rows, counted[0].in_features, alpha, force):
+            self._note("fewer tokens than input features, which leaves some directions near the mean", name)
 
     def _match_incomplete(
         self,
@@ -235,15 +274,23 @@ class _Matcher:
             return self._copy(place.name, having[0], "copied from the one model that has it")
         note = "averaged over the models that have it"
         self._note(note, place.name)
+        return self._average(place.name, having, note, [1.0] * len(having))
+
+    def _average(
+        self, name: str, operands: Sequence[Operand], note: str, weights: Sequence[Value]
+    ) -> MergedTensor:
         return MergedTensor(
-            name=place.name,
-            shape=self._common_shape(place.name, having),
-            dtype=self._dtype(having[0]),
+            name=name,
+            shape=self._common_shape(name, operands),
+            dtype=self._dtype(operands[0]),
             method="linear",
-            settings=Settings(shared={"normalize": True}, models=tuple({"weight": 1.0} for _ in having)),
+            settings=self._averages.setdefault(
+                tuple(weights),
+                Settings(shared={"normalize": True}, models=tuple({"weight": weight} for weight in weights)),
+            ),
             base=None,
-            models=tuple(having),
-            stream_names=tuple(operand.model for operand in having),
+            models=tuple(operands),
+            stream_names=tuple(operand.model for operand in operands),
             note=note,
         )
 
@@ -306,6 +353,11 @@ class _Matcher:
             same = models == settings.models
             self._ordered[key] = settings if same else dataclasses.replace(settings, models=models)
         return self._ordered[key]
+
+
+def _all_measured(models: Sequence[Operand]) -> bool:
+    """Return whether every model has a statistic that fits its tensor as it will be read."""
+    return all(operand.statistic is not None and operand.row_runs is None for operand in models)
 
 
 def _canonical_order(sources: Sequence[SourceUse], method: Method) -> tuple[list[int], list[str]]:

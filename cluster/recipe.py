@@ -48,6 +48,8 @@ class SourceUse:
     """Settings of this model alone, by the canonical name of the parameter."""
     layer_range: tuple[int, int] | None = None
     """Its layers [begin, end); None for the whole model."""
+    statistics: str | None = None
+    """Folder of statistics measured on the model, for the methods that use them."""
     where: str = field(default="", compare=False, repr=False)
     """Key path in the file ("slices[0].sources[1]"), for errors."""
 
@@ -226,6 +228,8 @@ def _use_mapping(use: SourceUse) -> dict[str, Any]:
     mapping: dict[str, Any] = {"model": use.model.to_value()}
     if use.layer_range:
         mapping["layer_range"] = list(use.layer_range)
+    if use.statistics is not None:
+        mapping["statistics"] = use.statistics
     if use.parameters:
         mapping["parameters"] = _parameters_mapping(use.parameters)
     return mapping

@@ -73,7 +73,7 @@ def _read_module(name: str, raw: Mapping[str, Any], where: str, around: _Around,
         place = join(where, "models")
         entries = reading.require_list(raw["models"], place)
         uses = [
-            _read_use(each, f"{place}[{i}]", ("model", "parameters"), reading)
+            _read_use(each, f"{place}[{i}]", ("model", "statistics", "parameters"), reading)
             for i, each in enumerate(entries)
         ]
         slices: tuple[LayerSlice, ...] = (_with_base(uses, {}, place, around, reading, may_copy=False),)
@@ -91,7 +91,7 @@ def _read_slice(raw: Any, where: str, around: _Around, reading: Reading) -> Laye
     mapping = reading.require_mapping(raw, where)
     reading.check_keys(mapping, ("sources", "base_model", "parameters"), where)
     place = join(where, "sources")
-    known = ("model", "layer_range", "parameters")
+    known = ("model", "layer_range", "statistics", "parameters")
     entries = reading.require_list(mapping.get("sources"), place)
     uses = [_read_use(each, f"{place}[{i}]", known, reading) for i, each in enumerate(entries)]
     if mapping.get("base_model") is not None:
@@ -112,8 +112,18 @@ def _read_use(raw: Any, where: str, known: tuple[str, ...], reading: Reading) ->
     layer_range = None
     if "layer_range" in known and mapping.get("layer_range") is not None:
         layer_range = _read_range(mapping["layer_range"], join(where, "layer_range"), reading)
+    statistics = mapping.get("statistics")
+    if statistics is not None and not (isinstance(statistics, str) and statistics):
+        raise reading.origin.error(
+            join(where, "statistics"),
+            f"is {shown(statistics)}; it must be the folder of a model's statistics.",
+        )
+    if statistics is not None and reading.method.statistic is None:
+        reading.warn(join(where, "statistics"), f"has no effect: {reading.method.name} uses no statistics")
+        statistics = None
     return SourceUse(
         model=reading.model(mapping["model"], join(where, "model")),
+        statistics=statistics,
         parameters=reading.settings(mapping, where, of_one_model=True),
         layer_range=layer_range,
         where=where,

@@ -12,7 +12,6 @@ from raymerge.merge_actors.inputs import read_pieces
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.positive_definite import FactorReport
-from raymerge.merge_actors.methods.regmean import check_rows
 from raymerge.merge_actors.methods.regmean_solve import GramSums, InputGram
 from raymerge.merge_actors.nonfinite import count_nonfinite
 from raymerge.merge_actors.task import GramRead, Piece, PieceReport, SolveJob, SolveTask
@@ -26,18 +25,13 @@ class Solving:
 
     def __init__(self, task: SolveTask, settings: Settings, files: Files, device: torch.device) -> None:
         self.task, self.settings, self.files, self.device = task, settings, files, device
-        self.warnings: list[str] = []
         self._factor: FactorReport | None = None
 
     def solve(self) -> list[torch.Tensor]:
         """Return the merged matrices, one per job, float32 or float64, in the stored layout."""
         shared = self.settings.shared
         weights = [float(model["weight"] or 0) for model in self.settings.models]
-        alpha, force = float(shared["alpha"] or 0), bool(shared["force"])
-        counted = [gram.num_rows for gram, weight in zip(self.task.grams, weights, strict=True) if weight]
-        warning = check_rows(self.task.jobs[0].tensor, counted, self.task.grams[0].in_features, alpha, force)
-        if warning:
-            self.warnings.append(warning)
+        alpha = float(shared["alpha"] or 0)
         grams = _GramsOnDisk(self.task.grams, self.files, self.device)
         factor = GramSums(grams, weights, str(shared["normalize"])).factor(alpha)
         self._factor = factor.report

@@ -21,7 +21,6 @@ from raymerge.merge_actors.checkpoint.pickles import TIED_KEY, converted
 from raymerge.merge_actors.checkpoint.ties import find_tied
 from raymerge.merge_actors.errors import CheckpointError
 
-
 #: Of each data file so many pieces of so many bytes enter the fingerprint, evenly spread.
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 4096

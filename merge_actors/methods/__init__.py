@@ -4,6 +4,7 @@ from raymerge.merge_actors.methods.arcee_fusion import ARCEE_FUSION
 from raymerge.merge_actors.methods.averages import LINEAR, PASSTHROUGH
 from raymerge.merge_actors.methods.dare import RANDOM
 from raymerge.merge_actors.methods.della import DELLA
+from raymerge.merge_actors.methods.fisher import FISHER
 from raymerge.merge_actors.methods.interface import Method, Sparsifier
 from raymerge.merge_actors.methods.karcher import KARCHER
 from raymerge.merge_actors.methods.magnitude import BREADCRUMBS, MAGNITUDE
@@ -12,6 +13,7 @@ from raymerge.merge_actors.methods.multislerp import MULTISLERP
 from raymerge.merge_actors.methods.nearswap import NEARSWAP
 from raymerge.merge_actors.methods.nuslerp import NUSLERP
 from raymerge.merge_actors.methods.ram import RAM, RAMPLUS_TL
+from raymerge.merge_actors.methods.regmean import REGMEAN
 from raymerge.merge_actors.methods.sce import SCE
 from raymerge.merge_actors.methods.slerp import SLERP
 from raymerge.merge_actors.methods.task_vectors import (
@@ -46,6 +48,8 @@ METHODS: dict[str, Method] = {
     "ram": RAM,
     "ramplus_tl": RAMPLUS_TL,
     "arcee_fusion": ARCEE_FUSION,
+    "regmean": REGMEAN,
+    "fisher": FISHER,
 }
 SPARSIFIERS: dict[str, Sparsifier] = {
     "random": RANDOM,

@@ -33,6 +33,10 @@ from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import Job, MergeTask, Piece, Read
 
 KIB = 1 << 10
+#: Shape of a float32 tensor of two units.
+CUT = (2 * UNIT // 1024, 1024)
+#: A shape of two units.
+CUT = (2 * UNIT // 1024, 1024)
 #: name -> (dtype, shape)
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 

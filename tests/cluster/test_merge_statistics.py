@@ -1,0 +1,196 @@
+"""Recipes with statistics, end to end: Grams and Fisher values from files, against float64 references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import raymerge
+from raymerge.cluster.manifest import MANIFEST_NAME
+from raymerge.merge_actors.checkpoint.folder import open_checkpoint
+from raymerge.merge_actors.errors import MismatchError, RecipeError
+from raymerge.merge_actors.methods.gram_matrix import pack_upper
+from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST, write_json
+
+O1, O2, I = 7, 5, 12  # noqa: E741 - the house letter for input features
+
+
+def write_model(folder: Path, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "q.weight": rng.standard_normal((O1, I)).astype(np.float32),
+        "k.weight": rng.standard_normal((O2, I)).astype(np.float32),
+        "conv.weight": rng.standard_normal((I, O1)).astype(np.float32),
+        "q.bias": rng.standard_normal(O1).astype(np.float32),
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def write_statistics(
+    folder: Path, model: Path, kind: str, tensors: Mapping[str, np.ndarray], modules: Mapping[str, Any]
+) -> None:
+    folder.mkdir()
+    save_file(dict(tensors), folder / "part.safetensors")
+    checkpoint = open_checkpoint(model)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": {"path": str(model), "fingerprint": checkpoint.fingerprint},
+        "num_tokens": 100,
+        "modules": modules,
+        "coverage": {"linear_maps": list(modules), "uncovered": [], "tied": []},
+        "files": ["part.safetensors"],
+    }
+    write_json(str(folder / MANIFEST), manifest)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> tuple[list[Path], list[dict[str, np.ndarray]], list[np.ndarray]]:
+    """Two models, and Gram statistics of each in a folder beside it."""
+    folders, weights, inputs = [], [], []
+    for number in range(2):
+        folder = tmp_path / f"m{number}"
+        weights.append(write_model(folder, number))
+        rng = np.random.default_rng(10 + number)
+        rows = rng.standard_normal((40 + 20 * number, I)) @ rng.standard_normal((I, I))
+        inputs.append(rows)
+        gram = torch.from_numpy((rows.T @ rows).astype(np.float32))
+        kinds = {"q.weight": "linear", "k.weight": "linear", "conv.weight": "conv1d"}
+        write_statistics(
+            tmp_path / f"s{number}",
+            folder,
+            "gram",
+            {"q": pack_upper(gram).numpy()},
+            {
+                name: {"gram": "q", "kind": kind, "in_features": I, "num_rows": len(rows)}
+                for name, kind in kinds.items()
+            },
+        )
+        folders.append(folder)
+    return folders, weights, inputs
+
+
+def recipe(folders: list[Path], **parameters: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "regmean",
+        "models": [{"model": str(f), "statistics": str(f.parent / f"s{f.name[1:]}")} for f in folders],
+        "parameters": parameters,
+    }
+
+
+def expected(weights: list[np.ndarray], inputs: list[np.ndarray], alpha: float) -> np.ndarray:
+    """Solve in float64 by the formula of the paper; weights are (O, I)."""
+    total, right = np.zeros((I, I)), 0.0
+    for weight, rows in zip(weights, inputs, strict=True):
+        gram = rows.T @ rows / len(rows)
+        gram = alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
+        total += gram
+        right = right + weight.astype(np.float64) @ gram
+    return np.linalg.solve(total, np.transpose(right)).T
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_regmean_is_the_least_squares_solution(
+    alpha: float, workers: int, measured: Any, tmp_path: Path
+) -> None:
+    folders, weights, inputs = measured
+    out = tmp_path / "out"
+    result = raymerge.merge(recipe(folders, alpha=alpha), out, in_process=True, workers=workers)
+    merged = load_file(out / "model.safetensors")
+    for name in ("q.weight", "k.weight"):
+        reference = expected([w[name] for w in weights], inputs, alpha)
+        np.testing.assert_allclose(merged[name], reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+    reference = expected([w["conv.weight"].T for w in weights], inputs, alpha).T
+    np.testing.assert_allclose(merged["conv.weight"], reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+    np.testing.assert_allclose(merged["q.bias"], (weights[0]["q.bias"] + weights[1]["q.bias"]) / 2, rtol=1e-6)
+    assert any("averaged, no gram statistics for it: q.bias" in remark for remark in result.remarks)
+    rows = json.loads((out / MANIFEST_NAME).read_text())["tensors"]
+    assert rows["q.weight"]["rank"] == I and rows["q.weight"]["condition"] >= 1
+    assert "rank" not in rows["q.bias"]
+
+
+def test_bytes_do_not_depend_on_workers_or_slices(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    for name, options in (("a", {"workers": 1}), ("b", {"workers": 3, "slice_mib": 1})):
+        raymerge.merge(recipe(folders, alpha=0.5), tmp_path / name, in_process=True, **options)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert one == other
+
+
+def test_models_in_another_order_give_the_same_bytes(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    raymerge.merge(recipe(folders), tmp_path / "a", in_process=True)
+    raymerge.merge(recipe(folders[::-1]), tmp_path / "b", in_process=True)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_fisher_weights_elements(tmp_path: Path) -> None:
+    weights, fishers, folders = [], [], []
+    for number in range(2):
+        folder = tmp_path / f"m{number}"
+        weights.append(write_model(folder, number))
+        rng = np.random.default_rng(20 + number)
+        fisher = {"q.weight": rng.random((O1, I)).astype(np.float32)}
+        fishers.append(fisher["q.weight"])
+        entry = {"fisher": "q.weight", "num_examples": 10}
+        write_statistics(tmp_path / f"s{number}", folder, "fisher", fisher, {"q.weight": entry})
+        folders.append(folder)
+    asked = {**recipe(folders), "merge_method": "fisher"}
+    del asked["parameters"]
+    raymerge.merge(asked, tmp_path / "out", in_process=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    first, second = (f.astype(np.float64) for f in fishers)
+    reference = (first * weights[0]["q.weight"] + second * weights[1]["q.weight"]) / (first + second)
+    np.testing.assert_allclose(merged["q.weight"], reference, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(merged["q.bias"], (weights[0]["q.bias"] + weights[1]["q.bias"]) / 2, rtol=1e-6)
+
+
+def test_statistics_of_another_model_are_refused(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    asked = recipe(folders)
+    asked["models"][0]["statistics"], asked["models"][1]["statistics"] = (
+        asked["models"][1]["statistics"],
+        asked["models"][0]["statistics"],
+    )
+    with pytest.raises(MismatchError, match="were measured on"):
+        raymerge.merge(asked, tmp_path / "out", in_process=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_statistics_is_refused(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    asked = recipe(folders)
+    del asked["models"][1]["statistics"]
+    with pytest.raises(
+        RecipeError, match=r"regmean needs statistics of .*m1; measure them with raymerge stats"
+    ):
+        raymerge.merge(asked, tmp_path / "out", in_process=True)
+
+
+def test_too_few_tokens_at_alpha_1_are_refused(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    for number in range(2):
+        path = tmp_path / f"s{number}" / MANIFEST
+        path.write_text(path.read_text().replace(f'"num_rows": {40 + 20 * number}', '"num_rows": 3'))
+    with pytest.raises(RecipeError, match=r"6 tokens in all for 12 input features.*set alpha below 1"):
+        raymerge.merge(recipe(folders, alpha=1), tmp_path / "out", in_process=True)
+    result = raymerge.merge(recipe(folders, alpha=0.9), tmp_path / "out", in_process=True)
+    assert any("fewer tokens than input features" in remark for remark in result.remarks)
+
+
+def test_statistics_have_no_effect_on_other_methods(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    asked = {**recipe(folders), "merge_method": "linear", "parameters": {"weight": 1}}
+    result = raymerge.merge(asked, tmp_path / "out", in_process=True)
+    assert any("statistics has no effect: linear uses no statistics" in line for line in result.remarks)
