@@ -108,8 +108,7 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_example_of_the_help_works(recipe: Path) -> None:
-    example = re.search(
-        r"Example: raymerge plan (\S+) (\S+)", CliRunner().invoke(main, ["plan", "-h"]).stdout
-    )
-    assert example and example[1] == recipe.name
+    shown = CliRunner().invoke(main, ["plan", "--help"]).stdout
+    example = re.search(r"Example: raymerge plan (\S+) (\S+)", shown)
+    assert example and example[1] == recipe.name, shown
     assert plan(recipe, example[2]).exit_code == 0
