@@ -13,7 +13,7 @@ def help_page() -> str:
         "# Command line\n\nWritten by `python -m raymerge.cli.help_page > docs/cli.md`; a test compares.\n",
         _section("raymerge", main, None),
     ]
-    context = click.Context(main, info_name="raymerge")
+    context = click.Context(main, info_name="raymerge", **main.context_settings)
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         assert command is not None
@@ -22,9 +22,8 @@ def help_page() -> str:
 
 
 def _section(title: str, command: click.Command, parent: click.Context | None) -> str:
-    context = click.Context(
-        command, info_name=title.split()[-1], parent=parent, terminal_width=100, max_content_width=100
-    )
+    settings = {**main.context_settings, "terminal_width": 100}
+    context = click.Context(command, info_name=title.split()[-1], parent=parent, **settings)
     return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
 
 

@@ -11,7 +11,7 @@ from raymerge.cli.help_page import help_page
 from raymerge.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTEXT = click.Context(main, info_name="raymerge")
+CONTEXT = click.Context(main, info_name="raymerge", **main.context_settings)
 
 
 def test_the_page_is_up_to_date():
