@@ -39,6 +39,7 @@ class RayGroup:
         self._starting: dict[Any, tuple[int, Any]] = {}
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
         self._next_number = 0
+        self._run = -1
         self._losses_left = LOSSES_PER_WORKER * num_workers
         #: when there was a worker last
         self._last_alive = 0.0
@@ -52,9 +53,11 @@ class RayGroup:
             ClusterError: no worker came up in time, or a node does not see a path.
         """
         self._context = ray.put(context)
-        actors, self._actors = self._actors, {}
+        self._run += 1
+        actors = {**self._actors, **dict(self._starting.values())}
+        self._actors, self._starting = {}, {}
         for number, actor in actors.items():
-            self._starting[actor.setup.remote(self._context)] = (number, actor)
+            self._set_up(number, actor)
         while len(self._starting) < self._num_workers:
             self._launch()
         self._last_alive = time.monotonic()
@@ -111,7 +114,10 @@ class RayGroup:
         self._next_number += 1
         skin: Any = RayMergeWorker  # the decorator's type is Ray's own
         actor = skin.options(**self._options).remote()
-        self._starting[actor.setup.remote(self._context)] = (number, actor)
+        self._set_up(number, actor)
+
+    def _set_up(self, number: int, actor: Any) -> None:
+        self._starting[actor.setup.remote(self._context, self._run)] = (number, actor)
 
     def _joined(self, reference: Any) -> list[Event]:
         number, actor = self._starting.pop(reference)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from raymerge.merge_actors.files import Files
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.task import (
     MeasureReport,
@@ -91,8 +92,9 @@ class InProcessGroup:
     def start(self, context: RunContext) -> None:
         """Make the workers anew."""
         self.close()
+        files = Files()
         for number in range(self._num_workers):
-            self._workers.append(MergeWorker(context))
+            self._workers.append(MergeWorker(context, files))
             self._pools.append(
                 concurrent.futures.ThreadPoolExecutor(NUM_LANES, thread_name_prefix=f"merge-{number}")
             )

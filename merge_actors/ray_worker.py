@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 
 import ray
@@ -24,14 +25,28 @@ from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 class RayMergeWorker:
     """`MergeWorker` as an actor; its tasks are idempotent, so the driver may repeat them."""
 
-    def setup(self, context: RunContext) -> str:
-        """Become the worker of a run, after another if need be; see `MergeWorker.check`."""
+    def __init__(self) -> None:
+        self._setting_up = threading.Lock()
+        self._run = -1
+
+    def setup(self, context: RunContext, run: int) -> None:
+        """Become the worker of a run; see `MergeWorker.check`.
+
+        A session may begin its next run while this actor is still starting for an earlier one:
+        calls may then overlap, and the latest run counts.
+        """
+        with self._setting_up:
+            if run > self._run:
+                self._run = run
+                self._begin(context)
+
+    def _begin(self, context: RunContext) -> None:
         if context.device == "cpu":
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
             # too, but then Ray cannot use the processes that it keeps ready.)
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._worker = MergeWorker(context)
-        return self._worker.check()
+        self._worker.check()
 
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.merge`."""

@@ -60,7 +60,8 @@ class Figures(NamedTuple):
 class MergeWorker:
     """Merges slices on one device."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, files: Files | None = None) -> None:
+        """Make a worker for a run; workers of one process share their `files`."""
         import torch
 
         self.context = context
@@ -71,7 +72,7 @@ class MergeWorker:
             if context.device == "cuda"
             else torch.device("cpu")
         )
-        self._files = Files()
+        self._files = files or Files()
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(NUM_LANES):
             self._lanes.put(Lane(device))
