@@ -11,7 +11,8 @@ import click
 from raymerge.cli.main import print_json, remark
 
 if TYPE_CHECKING:
-    from raymerge.cluster.statistics import StatisticsProgress, StatisticsResult
+    from raymerge.cluster.statistics import StatisticsResult
+    from raymerge.cluster.statistics_options import StatisticsProgress
 
 _LIVE_SECONDS, _LOG_SECONDS = 0.5, 15.0
 _DATA_OPTIONS = {
@@ -91,7 +92,8 @@ def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: A
     workers, the size of batches or the memory budget. A finished layer group is kept: after a failure
     the same command with --resume repeats only the group that was under way.
     """
-    from raymerge.cluster.statistics import StatisticsOptions, collect_statistics
+    from raymerge.cluster.statistics import collect_statistics
+    from raymerge.cluster.statistics_options import StatisticsOptions
     from raymerge.stats.data_rows import DataSpec
 
     data = DataSpec(**{field: options.pop(name) for name, field in _DATA_OPTIONS.items()})

@@ -50,7 +50,8 @@ def read_boundary(folder: str, block: int, shard: int) -> tuple[list[torch.Tenso
     try:
         with safe_open(path, "pt") as stream:
             forms = json.loads(stream.metadata()["forms"])
-            outputs = [stream.get_tensor(str(number)) for number in range(len(stream.keys()))]
+            # Copies: in memory that is aligned as a forward pass would align it, kernels round alike.
+            outputs = [stream.get_tensor(str(number)).clone() for number in range(len(stream.keys()))]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the cached activations {path} cannot be read ({error}); start again with --overwrite."

@@ -80,10 +80,11 @@ class CalibrationData:
         return min(NUM_SHARDS, len(self.rows.texts))
 
     def shard(self, number: int) -> list[Example]:
-        """Tokenise one shard."""
+        """Tokenise one shard; rows that the tokenizer makes nothing of are left out."""
         begin, end = (len(self.rows.texts) * i // self.num_shards for i in (number, number + 1))
         rows = range(begin, end)
-        return self._packed(rows) if self.spec.packed else [self._example(i) for i in rows]
+        examples = self._packed(rows) if self.spec.packed else [self._example(i) for i in rows]
+        return [each for each in examples if each.input_ids and each.target_ids != ()]
 
     def data_fingerprint(self) -> str:
         """Return 128 bits in hex over the rows and whatever changes the examples made of them."""

@@ -12,7 +12,7 @@ from raymerge.stats.calibration_data import CalibrationData, tokenizer_fingerpri
 from raymerge.stats.fisher_accumulator import fisher_bytes
 from raymerge.stats.gram_accumulator import gram_bytes
 from raymerge.stats.layer_groups import Needs
-from raymerge.stats.linear_maps import LinearMap, ModelMaps, find_linear_maps
+from raymerge.stats.linear_maps import LinearMap, ModelMaps, block_of, find_linear_maps
 from raymerge.stats.measure_job import Description, MeasureJob
 from raymerge.stats.model_loading import compute_dtype, skeleton
 from raymerge.stats.weight_names import tensor_names
@@ -30,8 +30,8 @@ def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData) -> 
     model = skeleton(checkpoint)
     names = {**checkpoint.tensors, **checkpoint.tied}
     maps = find_linear_maps(model, names)
-    blocks = {name: _block(name, maps.blocks) for name, _ in model.named_parameters()}
-    if lost := [name for name in maps.not_in_checkpoint if _block(name, maps.blocks) is not None]:
+    blocks = {name: block_of(name, maps.blocks) for name, _ in model.named_parameters()}
+    if lost := [name for name in maps.not_in_checkpoint if block_of(name, maps.blocks) is not None]:
         raise CheckpointError(
             f"{checkpoint.path} does not hold {lost[0]!r} (and {len(lost) - 1} more) of its architecture "
             f"{type(model).__name__}; config.json and weights do not belong together."
@@ -111,10 +111,6 @@ def _remarks(maps: ModelMaps) -> list[str]:
             f"the checkpoint does not hold {', '.join(maps.not_in_checkpoint[:3])}, so it is not measured"
         )
     return remarks
-
-
-def _block(name: str, blocks: Sequence[str]) -> int | None:
-    return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), None)
 
 
 def _memory_bytes(device: str) -> int:

@@ -97,6 +97,11 @@ def _fill(
     return groups, peak
 
 
+def in_group(block: int | None, group: LayerGroup) -> bool:
+    """Return whether a group measures what stands in a block, or outside of all (None)."""
+    return group.is_last if block is None else group.begin <= block < group.end
+
+
 def assign_owners(costs: Mapping[str, int], num_workers: int) -> dict[str, int]:
     """Give every statistic to a worker, the largest first, each to the worker with the least so far."""
     loads = [0] * num_workers

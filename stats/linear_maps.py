@@ -10,7 +10,7 @@ not inside another such list. They are numbered in the order in which they are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,9 +90,7 @@ def find_linear_maps(model: Any, checkpoint_names: Mapping[str, Any]) -> ModelMa
             if not tensors:
                 absent.append(name)
                 continue
-            maps.append(
-                _linear_map(module_name, name, kind, module, weight, tensors, _block_of(name, blocks))
-            )
+            maps.append(_linear_map(module_name, name, kind, module, weight, tensors, block_of(name, blocks)))
     return ModelMaps(maps=tuple(maps), blocks=blocks, tied=tuple(tied), not_in_checkpoint=tuple(absent))
 
 
@@ -184,5 +182,6 @@ def _is_tied(model: Any) -> bool:
     return embedding is not None and output is not None and output.weight is embedding.weight
 
 
-def _block_of(name: str, blocks: tuple[str, ...]) -> int | None:
+def block_of(name: str, blocks: Sequence[str]) -> int | None:
+    """Return the number of the block that a parameter belongs to; None if it stands outside of all."""
     return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), None)

@@ -50,11 +50,8 @@ def compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
     return widest if widest in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def load_whole(checkpoint: Checkpoint, device: str) -> tuple[Any, tuple[str, ...]]:
+def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     """Load the whole model in eval mode.
-
-    Returns:
-        the model, and the names of parameters that the checkpoint does not hold.
 
     Raises:
         CheckpointError: transformers does not know or cannot load it.
@@ -62,13 +59,13 @@ def load_whole(checkpoint: Checkpoint, device: str) -> tuple[Any, tuple[str, ...
     dtype = compute_dtype(checkpoint, device)
     try:
         with _BUILDING:
-            model, info = model_class(checkpoint.config).from_pretrained(
-                checkpoint.folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+            model = model_class(checkpoint.config).from_pretrained(
+                checkpoint.folder, torch_dtype=dtype, local_files_only=True
             )
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load the model {checkpoint.path}: {reason}") from error
-    return prepared(model).to(device), tuple(sorted(info["missing_keys"]))
+    return prepared(model).to(device)
 
 
 def skeleton(checkpoint: Checkpoint) -> Any:
@@ -95,14 +92,15 @@ def prepared(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to the meta device as soon as its module has it."""
+    """Move every parameter that this thread makes to the meta device as soon as its module has it."""
     import torch
 
     original = torch.nn.Module.register_parameter
+    thread = threading.get_ident()
 
     def register(module: Any, name: str, parameter: Any) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and threading.get_ident() == thread:
             meta = parameter.data.to("meta")
             module._parameters[name] = torch.nn.Parameter(meta, requires_grad=False)
 

@@ -1,0 +1,180 @@
+"""One pass over a worker's shards that sums the Grams of a layer group.
+
+Between groups hidden states lie on disk, one file per block and shard, so that a later group (of
+this worker or another) begins there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raymerge.merge_actors.errors import NotFiniteError
+from raymerge.stats.batches import cut_batches
+from raymerge.stats.block_passes import BlockPass, Form, kept_outputs, needed_outputs, stack_of
+from raymerge.stats.boundary_files import read_boundary, write_boundary
+from raymerge.stats.gram_accumulator import GramAccumulator, synchronize
+from raymerge.stats.input_capture import InputCapture, Key
+from raymerge.stats.layer_groups import LayerGroup, in_group
+from raymerge.stats.measure_job import GroupReport, PassSettings
+from raymerge.stats.measured_model import MeasuredModel
+
+if TYPE_CHECKING:
+    import torch
+
+
+def accumulate_grams(
+    measured: MeasuredModel, group: LayerGroup, shards: Sequence[int], settings: PassSettings
+) -> tuple[GroupReport, GramAccumulator]:
+    """Run shards and sum what the linear maps of a group see.
+
+    Raises:
+        NotFiniteError: an activation is NaN or infinite.
+        NeedsSeparation: maps were taken to share an input and do not.
+        NeedsBatching: the shards must be cut into other batches.
+    """
+    one_pass = _GramPass(measured, group, settings)
+    try:
+        one_pass.run(shards)
+    finally:
+        one_pass.close()
+    if one_pass.damaged is not None:
+        raise _non_finite(measured, *one_pass.damaged)
+    return one_pass.report(), one_pass.grams
+
+
+class _GramPass:
+    """The hooks and sums of one pass."""
+
+    def __init__(self, measured: MeasuredModel, group: LayerGroup, settings: PassSettings) -> None:
+        self.grams = GramAccumulator(measured.job.device)
+        self.damaged: tuple[Key, int] | None = None
+        """A linear map that saw NaN or infinity, and in which shard."""
+        self._measured, self._group, self._settings = measured, group, settings
+        self._maps = [each for each in measured.maps.maps if in_group(each.block, group)]
+        self._capture = InputCapture(measured.model, self._maps, self.grams.add, settings.separate)
+        self._blocks: BlockPass | None = None
+        self._num_tokens = self._num_examples = 0
+        self._forward_seconds = 0.0
+        self._timed_rows: dict[Key, int] = {}
+
+    def run(self, shards: Sequence[int]) -> None:
+        """Run the shards; the first one is timed."""
+        if not shards:
+            return
+        self._blocks = self._set_up_blocks(shards[0])
+        for shard in shards:
+            self.grams.is_timed = shard == shards[0]
+            begin = time.perf_counter()
+            self._run_shard(shard, self._blocks)
+            if self.grams.is_timed:
+                synchronize(self._measured.job.device)
+                self._forward_seconds = time.perf_counter() - begin - self.grams.seconds
+                self._timed_rows = dict(self._capture.num_rows)
+            if (key := next(self.grams.non_finite(), None)) is not None:
+                self.damaged = key, shard
+                return
+            self.grams.end_shard()
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._capture.close()
+        if self._blocks is not None:
+            self._blocks.close()
+        if self._measured.loader is not None:
+            for block in self._measured.maps.blocks:
+                self._measured.loader.release(block)
+
+    def report(self) -> GroupReport:
+        """Say what was seen."""
+        sizes = {each.parameter: each.in_features * each.out_features for each in self._maps}
+        return GroupReport(
+            group=self._group,
+            leaders=self._capture.leaders,
+            num_rows=dict(self._capture.num_rows),
+            num_calls=dict(self._capture.num_calls),
+            num_tokens=self._num_tokens,
+            num_examples=self._num_examples,
+            num_truncated=self._measured.data.num_truncated,
+            forward_seconds=self._forward_seconds,
+            update_seconds=self.grams.seconds,
+            update_operations=self.grams.num_operations,
+            forward_operations=sum(2 * rows * sizes[key[0]] for key, rows in self._timed_rows.items()),
+        )
+
+    def _set_up_blocks(self, shard: int) -> BlockPass:
+        """Set the model up: passthroughs before the group, a stop after it, its own blocks loaded."""
+        measured, group = self._measured, self._group
+        blocks = measured.maps.blocks
+        forms: dict[str, Form] = {}
+        if group.begin > 0:
+            forms = read_boundary(measured.job.work_folder, group.begin - 1, shard)[1]
+        for i, block in enumerate(blocks if measured.loader is not None else ()):
+            is_first = i == 0 or stack_of(blocks[i - 1]) != stack_of(block)
+            form = forms.get(stack_of(block))
+            runs_again = is_first and i < group.begin and form is not None and form.has_more
+            if measured.loader is not None and (group.begin <= i < group.end or runs_again):
+                measured.loader.load(block)
+        return BlockPass(
+            measured.model,
+            blocks,
+            group.begin,
+            None if group.is_last else group.end,
+            from_cache=group.begin > 0,
+            forms=forms,
+            keep=[] if group.is_last else kept_outputs(blocks, group.begin, group.end),
+        )
+
+    def _run_shard(self, shard: int, blocks: BlockPass) -> None:
+        measured = self._measured
+        folder, device = measured.job.work_folder, measured.job.device
+        needed = needed_outputs(measured.maps.blocks, self._group.begin)
+        cached = {i: read_boundary(folder, i, shard)[0] for i in needed}
+        kept: dict[int, list[torch.Tensor]] = {}
+        batches = cut_batches(measured.shard(shard), self._settings.batching, measured.job.data.batch_tokens)
+        for number, examples in enumerate(batches):
+            batch = measured.batch(examples)
+            self._capture.begin(batch)
+            blocks.begin({i: states[number].to(device) for i, states in cached.items()})
+            measured.forward(batch)
+            self._capture.end()
+            for i, output in blocks.outputs.items():
+                kept.setdefault(i, []).append(output.cpu())
+            self._num_tokens += batch.num_tokens
+            self._num_examples += len(examples)
+            measured.count_tokens(batch.num_tokens)
+        for i, outputs in kept.items():
+            write_boundary(folder, i, shard, outputs, blocks.forms)
+
+
+def _non_finite(measured: MeasuredModel, key: Key, shard: int) -> NotFiniteError:
+    """Name the layer and sample that gave NaN or infinity, from single examples if the model is whole."""
+    layer = next(each.label for each in measured.maps.maps if each.parameter == key[0])
+    examples = measured.shard(shard)
+    sample = f"one of the samples {examples[0].number} to {examples[-1].number}"
+    if measured.loader is None and (found := _first_non_finite(measured, shard)) is not None:
+        layer, sample = found[0], f"sample {found[1]}"
+    return NotFiniteError(
+        f"the input of {layer} is NaN or infinite for {sample}; the model overflows there or its weights are "
+        "damaged: leave the sample out, or use a wider dtype."
+    )
+
+
+def _first_non_finite(measured: MeasuredModel, shard: int) -> tuple[str, int] | None:
+    labels = {each.parameter: each.label for each in measured.maps.maps}
+    seen: list[str] = []
+
+    def check(key: Key, rows_RI: torch.Tensor, weight: int) -> None:
+        if not seen and not bool(rows_RI.isfinite().all()):
+            seen.append(labels[key[0]])
+
+    for example in measured.shard(shard):
+        batch = measured.batch([example])
+        capture = InputCapture(measured.model, measured.maps.maps, check, labels)
+        capture.begin(batch)
+        measured.forward(batch)
+        capture.close()
+        if seen:
+            return seen[0], example.number
+    return None

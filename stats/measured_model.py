@@ -1,0 +1,92 @@
+"""A model and its calibration data on one worker: opened once, loaded when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raymerge.merge_actors.checkpoint.folder import open_checkpoint
+from raymerge.merge_actors.checkpoint.hub import locate
+from raymerge.merge_actors.errors import MismatchError
+from raymerge.stats.batches import Batch, batch_tensors
+from raymerge.stats.block_passes import StopHere
+from raymerge.stats.calibration_data import CalibrationData, Example
+from raymerge.stats.linear_maps import ModelMaps, find_linear_maps
+from raymerge.stats.measure_job import MeasureJob
+from raymerge.stats.model_loading import BlockLoader, load_whole, skeleton
+
+
+class MeasuredModel:
+    """What the passes over the data work on."""
+
+    def __init__(self, job: MeasureJob, count_tokens: Callable[[int], None]) -> None:
+        """Read headers, tokenizer and rows.
+
+        Raises:
+            RaymergeError: the model or the data cannot be measured.
+        """
+        import torch
+
+        if job.device == "cpu":
+            torch.set_num_threads(job.threads)
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        folder = locate(job.model, job.revision, allow_pickle=job.allow_pickle)
+        self.job = job
+        self.count_tokens = count_tokens
+        """Told of the tokens of each batch that has passed."""
+        self.checkpoint = open_checkpoint(folder, allow_pickle=job.allow_pickle)
+        self.data = CalibrationData(job.data, self.checkpoint.folder, self.checkpoint.config)
+        self.model: Any = None
+        self.maps = ModelMaps(maps=(), blocks=(), tied=(), not_in_checkpoint=())
+        self.loader: BlockLoader | None = None
+        """Of a model that is loaded block by block."""
+        self._examples: dict[int, list[Example]] = {}
+
+    def load(self, *, is_streamed: bool) -> None:
+        """Bring the model to the device, whole or only what stands outside its blocks."""
+        if self.model is not None:
+            return
+        if is_streamed:
+            self.model = skeleton(self.checkpoint)
+        else:
+            self.model = load_whole(self.checkpoint, self.job.device)
+        self.maps = find_linear_maps(self.model, {**self.checkpoint.tensors, **self.checkpoint.tied})
+        if is_streamed:
+            self.loader = BlockLoader(self.model, self.checkpoint, self.maps.blocks, self.job.device)
+
+    def shard(self, number: int) -> list[Example]:
+        """Return a shard's examples; each is tokenised once."""
+        if number not in self._examples:
+            self._examples[number] = self.data.shard(number)
+        return self._examples[number]
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Make the tensors of a batch."""
+        start_id = None
+        if self.data.is_encoder_decoder and not type(self.model).__name__.endswith("Classification"):
+            start_id = getattr(self.model.config, "decoder_start_token_id", None)
+            start_id = self.data.pad_id if start_id is None else start_id
+        return batch_tensors(
+            examples,
+            pad_id=self.data.pad_id,
+            start_id=start_id,
+            device=self.job.device,
+            side=self.job.padding_side,
+        )
+
+    def forward(self, batch: Batch) -> None:
+        """Run a batch as far as the pass wants it.
+
+        Raises:
+            MismatchError: the model has no embedding for a token.
+        """
+        try:
+            self.model(**batch.inputs)
+        except StopHere:
+            pass
+        except IndexError as error:
+            numbers = ", ".join(str(each.number) for each in batch.examples[:5])
+            raise MismatchError(
+                f"the model cannot take samples {numbers}: {error}; its tokenizer may not be its own."
+            ) from error
