@@ -24,7 +24,7 @@ from kept_file import add_folder_options
 from local_cluster import LocalCluster, local_cluster
 from make_models import make_models
 from model_shapes import LLAMA_SHAPES
-from ours import merge_in_process, raymerge_merge
+from ours import merge_in_session, raymerge_merge
 from peer import peer_merge, peer_python
 from processes import Run
 from recipes import DENSITIES, PEER_METHODS, inputs, write_recipe
@@ -85,8 +85,9 @@ def _measure(
             runs.append(raymerge_merge(recipe, _cleared(ours), options.workers, place))
             _remark(method, "raymerge on a cluster" if place else "raymerge", runs[-1])
     for _ in range(options.runs):
-        result.in_process.append(merge_in_process(recipe, _cleared(ours), options.workers))
-        _remark(method, "raymerge in process", result.in_process[-1])
+        small = out / "tiny.yaml"
+        result.in_session.append(merge_in_session(recipe, _cleared(ours), options.workers, cluster, small))
+        _remark(method, "raymerge in a session", result.in_session[-1])
     if python:
         result.peer = peer_merge(python, recipe, _cleared(theirs))
         _remark(method, "mergekit", result.peer)

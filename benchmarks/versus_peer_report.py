@@ -14,7 +14,7 @@ from peer import peer_versions
 from processes import Run
 from recipes import DENSITIES, WEIGHTS
 
-#: What was promised: peer / whole process, peer / on a running cluster, in process / floor.
+#: What was promised: peer / whole process, peer / on a running cluster, in a session / floor.
 TARGETS = {
     "task_arithmetic": (2.5, 10.0, 2.0),
     "dare_linear": (7.0, 20.0, 2.5),
@@ -29,7 +29,7 @@ class MethodResult:
     floor: dict[str, float]
     whole: list[Run] = field(default_factory=list)
     on_cluster: list[Run] = field(default_factory=list)
-    in_process: list[Run] = field(default_factory=list)
+    in_session: list[Run] = field(default_factory=list)
     peer: Run | None = None
     differences: Differences | None = None
     dare: dict[str, Any] = field(default_factory=dict)
@@ -63,18 +63,18 @@ def report_on(results: dict[str, MethodResult], python: Path | None, options: ar
 def _time_tables(report: Report, results: dict[str, MethodResult]) -> None:
     report.text(
         "## Time\n\nSeconds, least / median / greatest. Whole process and cluster are wall clock of the "
-        "command from start to exit; `in process` is the call of `raymerge.merge` on threads of a warm "
-        "process, from the recipe to the commit, with its GB/s of inputs and output."
+        "command from start to exit; `in a session` is the call of `Session.merge` on the cluster, on workers "
+        "that have merged before, from the recipe to the commit, with its GB/s of inputs and output."
     )
     report.table(
-        ("method", "floor", "whole process", "on a running cluster", "in process", "GB/s", "mergekit"),
+        ("method", "floor", "whole process", "on a running cluster", "in a session", "GB/s", "mergekit"),
         [
             (
                 method,
                 " / ".join(f"{r.floor[f'{which}_seconds']:.2f}" for which in ("min", "median", "max")),
                 Spread.of([done.seconds for done in r.whole]),
                 Spread.of([done.seconds for done in r.on_cluster]),
-                Spread.of(calls := [done.seconds for done in r.in_process]),
+                Spread.of(calls := [done.seconds for done in r.in_session]),
                 f"{(r.floor['bytes_read'] + r.floor['bytes_written']) / Spread.of(calls).median / 1e9:.2f}",
                 f"{r.peer.seconds:.2f}" if r.peer else "-",
             )
@@ -83,30 +83,38 @@ def _time_tables(report: Report, results: dict[str, MethodResult]) -> None:
     )
     report.text("Ratios of medians; in brackets what was promised.")
     report.table(
-        ("method", "mergekit / whole process", "mergekit / on a cluster", "in process / floor"),
+        (
+            "method",
+            "mergekit / whole process",
+            "mergekit / on a cluster",
+            "mergekit / in a session",
+            "in a session / floor",
+        ),
         [(method, *_ratios(method, result)) for method, result in results.items()],
     )
 
 
 def _ratios(method: str, result: MethodResult) -> list[str]:
     values = ratios(result)
-    targets: Sequence[float | None] = TARGETS.get(method, (None, None, None))
-    signs = (">=", ">=", "<=")
+    whole, cluster, floor = TARGETS.get(method, (None, None, None))
+    targets: Sequence[float | None] = (whole, cluster, cluster, floor)
+    signs = (">=", ">=", ">=", "<=")
     return [
         "-" if value is None else f"{value:.2f}" + (f" ({sign} {target:g})" if target else "")
         for value, sign, target in zip(values, signs, targets, strict=True)
     ]
 
 
-def ratios(result: MethodResult) -> tuple[float | None, float | None, float]:
-    """Return peer / whole process, peer / on a cluster, in process / floor, of medians."""
+def ratios(result: MethodResult) -> tuple[float | None, float | None, float | None, float]:
+    """Return peer / whole process, / on a cluster, / in a session, and in a session / floor, of medians."""
     whole = Spread.of([done.seconds for done in result.whole]).median
     on_cluster = Spread.of([done.seconds for done in result.on_cluster]).median
-    call = Spread.of([done.seconds for done in result.in_process]).median
+    call = Spread.of([done.seconds for done in result.in_session]).median
     peer = result.peer.seconds if result.peer else None
     return (
         peer / whole if peer else None,
         peer / on_cluster if peer else None,
+        peer / call if peer else None,
         call / result.floor["median_seconds"],
     )
 
@@ -179,7 +187,7 @@ def _plain(result: MethodResult) -> dict[str, Any]:
         "floor": result.floor,
         "whole_process": [plain(done) for done in result.whole],
         "on_cluster": [plain(done) for done in result.on_cluster],
-        "in_process": [plain(done) for done in result.in_process],
+        "in_session": [plain(done) for done in result.in_session],
         "peer": plain(result.peer) if result.peer else None,
         "ratios": ratios(result),
         "differences": summary_of({"all": result.differences})["all"] if result.differences else None,
