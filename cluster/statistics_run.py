@@ -141,6 +141,10 @@ class StatisticsRun:
             }
         )
         write_json(journal_path(self.folder), self.journal)
+        if (num_truncated := self.journal["groups"][-1]["num_truncated"]) and group.number == 0:
+            self.on_remark(
+                f"{num_truncated:,} texts are longer than {self.description.max_length:,} tokens and were cut there"
+            )
         keep = () if group.is_last else needed_outputs(self.description.maps.blocks, group.end)
         remove_boundaries(self.folder.path, keep)
 
@@ -228,10 +232,11 @@ class StatisticsRun:
         return self.group.call(method, arguments, on_tokens)
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest of the finished run."""
+        """Return the manifest of the finished run, and remark on what the data did not determine."""
         groups, description = self.journal["groups"], self.description
         modules = {name: entry for each in groups for name, entry in each["modules"].items()}
         expected = expected_tensors(description)
+        self._remark_on_rank(modules)
         return {
             "format_version": FORMAT_VERSION,
             "kind": self.job.kind,
@@ -256,6 +261,21 @@ class StatisticsRun:
             "modules": modules,
             "files": [file for each in groups for file in each["files"]],
         }
+
+    def _remark_on_rank(self, modules: dict[str, dict[str, Any]]) -> None:
+        """Say which Grams have fewer rows than columns."""
+        if self.job.kind != "gram":
+            return
+        short = []
+        for name, entry in modules.items():
+            rows = entry["num_rows"]
+            if (min(rows) if isinstance(rows, list) else rows) < entry["in_features"]:
+                short.append(name)
+        if short:
+            self.on_remark(
+                f"{len(short):,} of {len(modules):,} weights saw fewer inputs than they have input features, {short[0]} "
+                "for one: their Gram matrices are rank deficient; merge with alpha below 1, or measure more data"
+            )
 
 
 def _timing(groups: list[dict[str, Any]]) -> dict[str, Any]:

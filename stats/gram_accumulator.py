@@ -109,7 +109,7 @@ def add_gram(gram_II: torch.Tensor, rows_RI: torch.Tensor, weight: int = 1) -> i
 
     in_features = rows_RI.shape[1]
     is_half = rows_RI.dtype in (torch.float16, torch.bfloat16)
-    if not (is_half and rows_RI.is_cuda):
+    if not (is_half and rows_RI.is_cuda and hasattr(torch.ops.aten.mm, "dtype")):  # torch 2.8 and newer
         rows_RI = rows_RI.float()
         is_half = False
     width = max(_LEAST_BLOCK_COLUMNS, -(-in_features // _NUM_BLOCKS))

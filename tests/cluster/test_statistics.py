@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from raymerge.cluster.statistics import StatisticsResult, collect_statistics
+from raymerge.cluster.statistics_cache import cached_statistics
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.errors import CheckpointError, OutputError, RecipeError
@@ -154,6 +156,13 @@ def test_the_manifest_says_what_was_measured(
     assert remarks == [
         "cls.predictions.decoder.weight is tied to the embedding and treated as one: it has no Gram matrix"
     ]
+    remarks.clear()
+    _collect(model, tmp_path / "short", texts, on_remark=remarks.append, samples=5, max_length=5)
+    cut, deficient = remarks[1:]
+    assert cut.endswith("texts are longer than 5 tokens and were cut there")
+    assert deficient.startswith(
+        "13 of 13 weights saw fewer inputs than they have input features, bert.encoder."
+    )
     coverage = open_statistics(tmp_path / "out").check_against(open_checkpoint(model))
     assert len(coverage.covered) == 13 and not coverage.uncovered
     summary = result.to_mapping()
@@ -213,6 +222,33 @@ def test_a_budget_that_no_layer_fits_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=r"--memory-gib is 9\.54e-07 GiB"):
         _collect(tiny_checkpoints("llama").base, tmp_path / "out", texts, memory_gib=2**-20)
+
+
+def test_statistics_that_data_ask_for_are_measured_once(
+    tiny_checkpoints: Callable[..., Any],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
+    models = tiny_checkpoints("llama").models
+    data = DataSpec(source=str(texts), samples=4)
+    options = StatisticsOptions(kind="gram", data=data, in_process=True, workers=1)
+    first = cached_statistics(str(models[0]), options)
+    seen: list[StatisticsProgress] = []
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(texts.read_text())
+    moved = dataclasses.replace(options, data=dataclasses.replace(data, source=str(copy)), workers=2)
+    assert cached_statistics(str(models[0]), moved, on_progress=seen.append) == first
+    assert not seen
+    others = [
+        cached_statistics(str(models[1]), options),
+        cached_statistics(
+            str(models[0]), dataclasses.replace(options, data=dataclasses.replace(data, samples=5))
+        ),
+    ]
+    assert len({first, *others}) == 3
+    open_statistics(others[0]).check_against(open_checkpoint(models[1]))
 
 
 @pytest.mark.parametrize("estimator", ["expected", "sampled", "empirical"])
