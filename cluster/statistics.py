@@ -110,6 +110,8 @@ def collect_statistics(
         manifest = run.manifest()
         output = folder.output(OUTPUT)
         os.makedirs(output, exist_ok=True)
+        for name in set(os.listdir(output)) - set(manifest["files"]):
+            os.remove(os.path.join(output, name))  # of an attempt with more workers that was repeated
         write_json(os.path.join(output, MANIFEST), manifest)
         folder.commit([OUTPUT], is_campaign=False)
         folder.remove()

@@ -273,8 +273,9 @@ class StatisticsRun:
                 short.append(name)
         if short:
             self.on_remark(
-                f"{len(short):,} of {len(modules):,} weights saw fewer inputs than they have input features, {short[0]} "
-                "for one: their Gram matrices are rank deficient; merge with alpha below 1, or measure more data"
+                f"{len(short):,} of {len(modules):,} weights saw fewer inputs than they have input features, "
+                f"{short[0]} for one: their Gram matrices are rank deficient; merge with alpha below 1, or "
+                "measure more data"
             )
 
 

@@ -183,9 +183,10 @@ def test_a_failed_run_goes_on_where_it_was(
     def fail_in_second_group(
         self: ActivationWorker, entries: Any, file: str, num_examples: int
     ) -> str | None:
+        written = write(self, entries, file, num_examples)
         if "gram-00001" in file:
             raise OutputError("the disk is full")
-        return write(self, entries, file, num_examples)
+        return written
 
     with monkeypatch.context() as patch:
         patch.setattr(ActivationWorker, "write", fail_in_second_group)
@@ -198,6 +199,8 @@ def test_a_failed_run_goes_on_where_it_was(
         _collect(model, tmp_path / "out", texts, samples=5, resume=True)
     result = _collect(model, tmp_path / "out", texts, workers=1, resume=True)  # another number of workers
     assert (result.num_groups, result.num_resumed) == (4, 1)
+    files = {*open_statistics(tmp_path / "out").manifest["files"], MANIFEST}
+    assert files == {path.name for path in (tmp_path / "out").iterdir()}
     _assert_close(_values(tmp_path / "out"), _values(tmp_path / "expected"))
 
 
