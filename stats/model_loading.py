@@ -58,7 +58,7 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     """
     dtype = compute_dtype(checkpoint, device)
     try:
-        with _BUILDING:
+        with _BUILDING, _quiet():
             model = model_class(checkpoint.config).from_pretrained(
                 checkpoint.folder, torch_dtype=dtype, local_files_only=True
             )
@@ -66,6 +66,22 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load the model {checkpoint.path}: {reason}") from error
     return prepared(model).to(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bar and its report of tied weights off the screen."""
+    from transformers.utils import logging
+
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def skeleton(checkpoint: Checkpoint) -> Any:
