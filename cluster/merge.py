@@ -221,8 +221,7 @@ class _Run:
                 self.remark(f"{plan.recipe.name}: {line}")
 
     def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
-        hub_folders = {model.folder for model in wave.hub_models}
-        folders = {model.checkpoint.folder for model in wave.models.values()} - hub_folders
+        folders = wave.plan.input_folders() - {model.folder for model in wave.hub_models}
         return RunContext(
             run_id=wave.fingerprint,
             settings=wave.plan.settings,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from raymerge.merge_actors.methods.block import unit_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.prepare import model_wide_steps, needs_preparation
 from raymerge.merge_actors.methods.slices import split_of
+from raymerge.merge_actors.outputs import BATCH_BYTES
 from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import (
     GramRead,
@@ -37,6 +39,8 @@ from raymerge.merge_actors.task import (
     SolveTask,
 )
 
+#: Greatest number of bytes per pair of input features while a Gram is factorised in float64.
+_SOLVE_BYTES_A_PAIR = 20
 #: (recipe number, tensor): one output tensor of the campaign.
 OutputKey = tuple[int, str]
 
@@ -88,10 +92,23 @@ class Plan:
         """Bytes of all output tensors."""
         return sum(task.write_bytes for task in self.tasks)
 
+    def input_folders(self) -> set[str]:
+        """Return every folder that tasks read from: models, adapters, converted pickles, statistics."""
+        files: set[str] = set()
+        for task in self.tasks:
+            if isinstance(task, SolveTask):
+                files.update(gram.file for gram in task.grams)
+            reads = [part.reads for part in (task.jobs if isinstance(task, SolveTask) else task.pieces)]
+            for read in itertools.chain.from_iterable(reads):
+                files.add(read.file)
+                if read.low_rank is not None:
+                    files.update((read.low_rank.a_file, read.low_rank.b_file))
+        return {os.path.dirname(file) for file in files}
+
     @property
     def largest_task_bytes(self) -> int:
         """Bytes of buffers, inputs and outputs, that the largest task needs."""
-        return max((task.read_bytes + task.write_bytes for task in self.tasks), default=0)
+        return max((_buffer_bytes(task) for task in self.tasks), default=0)
 
 
 def make_plan(recipes: Sequence[RecipePlan], *, slice_bytes: int) -> Plan:
@@ -306,6 +323,19 @@ class _Planner:
             filled += amount
         if packed:
             yield MergeTask(number=number, pieces=tuple(packed), states=tuple(sorted(waits)))
+
+
+def _buffer_bytes(task: MergeTask | SolveTask) -> int:
+    """Return the bytes that a task holds: its inputs and a batch of outputs, or a solve's matrices."""
+    if isinstance(task, MergeTask):
+        # The sum is enough for a bound, and cheap for a plan of 45,000 tensors.
+        largest = max(
+            piece.num_elements * element_bytes(job.dtype) for piece in task.pieces for job in piece.jobs
+        )
+        return task.read_bytes + min(task.write_bytes, max(BATCH_BYTES, largest))
+    in_features = task.grams[0].in_features
+    weights = sum(8 * job.num_elements for job in task.jobs)
+    return _SOLVE_BYTES_A_PAIR * in_features**2 + weights * (len(task.grams) + 1)
 
 
 def is_solved_for(tensor: MergedTensor) -> bool:

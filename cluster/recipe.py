@@ -122,7 +122,7 @@ class Recipe:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     """Settings of the whole recipe."""
     dtype: str | None = None
-    """Inputs are cast to it before the maths ("BF16"); None leaves them as stored."""
+    """Type of the output ("BF16"), unless `out_dtype` is set; the maths is float32 whatever it is."""
     out_dtype: str | None = None
     """Type of the output; None means `dtype`, and without that the type of the donor's tensor."""
     tokenizer: TokenizerPolicy | None = None

@@ -93,8 +93,9 @@ class InProcessGroup:
         """Make the workers anew."""
         self.close()
         files = Files()
+        num_gpus = _num_gpus() if context.device == "cuda" else 1
         for number in range(self._num_workers):
-            self._workers.append(MergeWorker(context, files))
+            self._workers.append(MergeWorker(context, files, gpu=number % num_gpus))
             self._pools.append(
                 concurrent.futures.ThreadPoolExecutor(NUM_LANES, thread_name_prefix=f"merge-{number}")
             )
@@ -134,6 +135,12 @@ class InProcessGroup:
         self._events.put(
             Done(worker, instruction, done.result()) if error is None else Failed(worker, instruction, error)
         )
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def _carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]) -> Report:

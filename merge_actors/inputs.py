@@ -23,13 +23,6 @@ def arena_bytes(pieces: Sequence[Piece]) -> int:
     )
 
 
-def output_arena_bytes(pieces: Sequence[Piece]) -> int:
-    """Return the bytes that the outputs of some pieces take in one arena."""
-    return sum(
-        aligned(piece.num_elements * element_bytes(job.dtype)) for piece in pieces for job in piece.jobs
-    )
-
-
 def aligned(num_bytes: int) -> int:
     """Round up, so that what follows in an arena can be viewed as any element type."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -59,7 +59,7 @@ class Lane:
                 with torch.inference_mode():
                     yield
             else:
-                with torch.inference_mode(), torch.cuda.stream(self._stream):
+                with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                     yield
 
     def to_device(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

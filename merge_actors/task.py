@@ -274,6 +274,17 @@ class PieceReport:
     figures: Mapping[str, float] = field(default_factory=dict)
     """What else is worth keeping: condition number and rank of a solve."""
 
+    def plus(self, other: PieceReport) -> PieceReport:
+        """Return the report on this part of a tensor and another together."""
+        return PieceReport(
+            recipe=self.recipe,
+            tensor=self.tensor,
+            checksum=(self.checksum + other.checksum) % (1 << 64),
+            sum_squares=self.sum_squares + other.sum_squares,
+            num_nonfinite=self.num_nonfinite + other.num_nonfinite,
+            figures=self.figures,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReport:

@@ -2,7 +2,7 @@
 
 A plain class; `ray_worker.py` puts it into a Ray actor and the in-process backend calls it
 directly. A task passes three phases, each on its own resources: *read* (storage -> the
-lane's buffers), *merge* (the device), *write* (buffers -> storage). `run` may be called from
+lane's buffers), *merge* (the device), *write* (buffers -> storage). `merge` may be called from
 as many threads as there are lanes, and then one task's reading overlaps the merging of the
 one before and the writing of the one before that. Tasks are idempotent: they overwrite their
 own ranges of preallocated files.
@@ -14,20 +14,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
+from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
 from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
 from raymerge.merge_actors.errors import ClusterError, NotFiniteError
 from raymerge.merge_actors.files import Files, allow_many_files
-from raymerge.merge_actors.inputs import aligned, arena_bytes, output_arena_bytes, read_pieces
+from raymerge.merge_actors.inputs import aligned, arena_bytes, read_pieces
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
-from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.methods.prepare import TensorState, needs_preparation
 from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
 from raymerge.merge_actors.nonfinite import count_nonfinite, hides_nonfinite
+from raymerge.merge_actors.outputs import OutputBatch, output_batches
 from raymerge.merge_actors.solving import Solving
 from raymerge.merge_actors.task import (
     Job,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 #: Tasks of one worker that are under way at once: one is read while another is merged.
 NUM_LANES = 2
+#: Bytes of one input in a chunk on a GPU: launches and copies want it long.
+_CUDA_CHUNK_BYTES = 256 << 20
 
 
 class Figures(NamedTuple):
@@ -57,27 +61,45 @@ class Figures(NamedTuple):
     """After it."""
 
 
+class _Stopwatch:
+    """Seconds by phase, in turns."""
+
+    def __init__(self) -> None:
+        self.seconds = {"read": 0.0, "merge": 0.0, "write": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Put the time since the last lap down to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
 class MergeWorker:
     """Merges slices on one device."""
 
-    def __init__(self, context: RunContext, files: Files | None = None) -> None:
-        """Make a worker for a run; workers of one process share their `files`."""
+    def __init__(self, context: RunContext, files: Files | None = None, gpu: int = 0) -> None:
+        """Make a worker for a run.
+
+        Args:
+            context: of the run.
+            files: shared by the workers of one process.
+            gpu: which of the GPUs that this process sees, if the run is on GPUs.
+        """
         import torch
 
         self.context = context
         torch.set_num_threads(context.num_threads)
         allow_many_files()
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if context.device == "cuda"
-            else torch.device("cpu")
-        )
+        device = torch.device("cuda", gpu) if context.device == "cuda" else torch.device("cpu")
         self._files = files or Files()
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(NUM_LANES):
             self._lanes.put(Lane(device))
         # A CPU's cores are shared by the lanes: merging two tasks at once would only thrash
         # the cache. On a GPU each lane has a stream of its own.
+        self._chunk_bytes = CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
+        self._prepared: dict[int, bool] = {}
         self._merging: threading.Lock | None = threading.Lock() if device.type == "cpu" else None
 
     def check(self) -> str:
@@ -114,39 +136,67 @@ class MergeWorker:
             OutputError: the output cannot be written.
         """
         lane = self._lanes.get()
+        reports: list[PieceReport] = []
+        warnings: list[str] = []
+        watch = _Stopwatch()
         try:
-            clock = [time.perf_counter()]
-            inputs = read_pieces(task.pieces, self._files, lane.host_arena(arena_bytes(task.pieces)))
-            clock.append(time.perf_counter())
-            outputs = lane.output_arena(output_arena_bytes(task.pieces))
-            merged: list[tuple[Piece, Job, memoryview, Figures]] = []
-            warnings: list[str] = []
-            with lane.computing(self._merging):
-                at = 0
-                for piece, of_piece in zip(task.pieces, inputs, strict=True):
-                    on_device = lane.to_device(of_piece)
-                    for job in piece.jobs:
-                        num_bytes = piece.num_elements * element_bytes(job.dtype)
-                        out_P = outputs[at : at + num_bytes].view(torch_dtype(job.dtype))
-                        figures = self._merge_piece(piece, job, on_device, states, lane, out_P, warnings)
-                        merged.append((piece, job, lane.host_bytes(at, num_bytes), figures))
-                        at += aligned(num_bytes)
-                lane.fetch_output(at)
-            clock.append(time.perf_counter())
-            reports = tuple(self._write_piece(*one) for one in merged)
-            clock.append(time.perf_counter())
+            for chunk in chunks_of(task.pieces, self._must_stay_whole, self._chunk_bytes):
+                inputs = read_pieces(chunk, self._files, lane.host_arena(arena_bytes(chunk)))
+                watch.lap("read")
+                for batch in output_batches(chunk):
+                    merged = self._merge_batch(chunk, batch, inputs, states, lane, warnings)
+                    watch.lap("merge")
+                    reports += [self._write_piece(*one) for one in merged]
+                    watch.lap("write")
         finally:
             self._lanes.put(lane)
         return TaskReport(
             number=task.number,
-            pieces=reports,
+            pieces=join_reports(reports),
             read_bytes=task.read_bytes,
             write_bytes=task.write_bytes,
-            read_seconds=clock[1] - clock[0],
-            merge_seconds=clock[2] - clock[1],
-            write_seconds=clock[3] - clock[2],
+            read_seconds=watch.seconds["read"],
+            merge_seconds=watch.seconds["merge"],
+            write_seconds=watch.seconds["write"],
             warnings=tuple(warnings),
         )
+
+    def _must_stay_whole(self, piece: Piece) -> bool:
+        """Return whether this worker itself has to measure a tensor of the piece first."""
+        return piece.is_whole and any(self._needs_preparation(job.settings) for job in piece.jobs)
+
+    def _needs_preparation(self, number: int) -> bool:
+        if number not in self._prepared:
+            name, settings = self.context.settings[number]
+            self._prepared[number] = name != "copy" and needs_preparation(
+                METHODS[name], settings, SPARSIFIERS
+            )
+        return self._prepared[number]
+
+    def _merge_batch(
+        self,
+        pieces: Sequence[Piece],
+        batch: OutputBatch,
+        inputs: Sequence[list[torch.Tensor]],
+        states: Mapping[int, TensorState],
+        lane: Lane,
+        warnings: list[str],
+    ) -> list[tuple[Piece, Job, memoryview, Figures]]:
+        """Merge some jobs of a task; returns each with its output's bytes in host memory."""
+        merged: list[tuple[Piece, Job, memoryview, Figures]] = []
+        outputs = lane.output_arena(batch.num_bytes)
+        with lane.computing(self._merging):
+            at = 0
+            for number, jobs in batch.jobs:
+                piece, on_device = pieces[number], lane.to_device(inputs[number])
+                for job in jobs:
+                    num_bytes = piece.num_elements * element_bytes(job.dtype)
+                    out_P = outputs[at : at + num_bytes].view(torch_dtype(job.dtype))
+                    figures = self._merge_piece(piece, job, on_device, states, lane, out_P, warnings)
+                    merged.append((piece, job, lane.host_bytes(at, num_bytes), figures))
+                    at += aligned(num_bytes)
+            lane.fetch_output(at)
+        return merged
 
     def solve(self, task: SolveTask) -> TaskReport:
         """Carry out a solve task.
