@@ -167,6 +167,8 @@ def _set_ray_environment(*, is_embedded: bool) -> None:
     alone: Ray would write one into HOME, which may be read-only, and switch it on for good.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A call that a session gave up may fail later; every call that counts is looked at.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if is_embedded and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
         import secrets
