@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 #: Bytes of a float -> bit pattern of its positive infinity; a NaN's pattern lies above it.
-_INFINITY = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF << 52}}
+_INFINITY = {
+    2: {"bfloat16": 0x7F80, "float16": 0x7C00},
+    4: {"float32": 0x7F800000},
+    8: {"float64": 0x7FF << 52},
+}
 
 
 def count_nonfinite(tensor_P: torch.Tensor) -> int:

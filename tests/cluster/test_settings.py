@@ -236,5 +236,7 @@ models:
   - model: a
     parameters: {weight: 1, sparsify: {method: della, density: 0.1}}
 """
-    with pytest.raises(RecipeError, match=r"sparsify: density 0.1 with epsilon 0.15 gives keep probabilities"):
+    with pytest.raises(
+        RecipeError, match=r"sparsify: density 0.1 with epsilon 0.15 gives keep probabilities"
+    ):
         load_recipes(text)
