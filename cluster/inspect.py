@@ -195,9 +195,7 @@ def quick_check(recipe: Recipe, models: Mapping[str, LoadedModel]) -> list[str]:
     has_base = recipe.base_model is not None
     keys = dict.fromkeys(ref.key for ref in (recipe.donor, *recipe.all_models()))
     # The same model may be listed twice, or once more as its own base.
-    unique = {
-        models[key].checkpoint.fingerprint: key for key in reversed(keys) if models[key].adapter is None
-    }
+    unique = {models[key].checkpoint.folder: key for key in reversed(keys) if models[key].adapter is None}
     if models[recipe.donor.key].adapter is not None or len(unique) < 2:
         return []
     kept = [key for key in keys if key in unique.values()]
