@@ -47,6 +47,8 @@ class PlannedWave:
     remarks: tuple[str, ...]
     hub_models: tuple[HubModel, ...] = ()
     """The models, and adapters, that came from the Hub."""
+    statistics: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
+    """What the recipes merge by, by path."""
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +60,8 @@ class PlannedWave:
         for key, model in sorted(self.models.items()):
             adapter = model.adapter.fingerprint if model.adapter else ""
             digest.update(f"{key}={model.checkpoint.fingerprint}+{adapter}\n".encode())
+        for path, statistics in sorted(self.statistics.items()):
+            digest.update(f"{path}={statistics.fingerprint}\n".encode())
         digest.update(repr(self.vocabularies).encode())
         digest.update(repr((self.plan.slice_bytes, len(self.plan.tasks))).encode())
         return digest.hexdigest()
@@ -136,10 +140,12 @@ def plan_wave(
     """
     models, hub_models = _open_models(recipes, options, results)
     plans, vocabularies, remarks = [], [], []
+    all_statistics: dict[str, Statistics] = {}
     limit = parse_size(options.out_shard_size)
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
         statistics = _open_statistics(recipe, models)
+        all_statistics |= statistics
         tensors, said = match(recipe, models, vocabulary, statistics)
         said += vocabulary.remarks if vocabulary else ()
         remarks += [f"{recipe.name}: {remark}" for remark in said]
@@ -149,7 +155,7 @@ def plan_wave(
         )
         vocabularies.append(vocabulary)
     plan = make_plan(plans, slice_bytes=options.slice_mib << 20)
-    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks), tuple(hub_models))
+    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks), tuple(hub_models), all_statistics)
 
 
 def _open_models(

@@ -398,9 +398,7 @@ def _by_slice(
             else:
                 stacks = main_stacks(names[0], models[uses[0].model.key].checkpoint.config)
                 _check_ranges(recipe, layers, models, stacks)
-                places = _range_places(
-                    recipe, layers, names[0], stacks, next_layer, number, len(module.slices)
-                )
+                places = _range_places(recipe, layers, names, stacks, next_layer, number, len(module.slices))
                 next_layer += layers.num_layers
             groups.append((module, layers, places))
     return groups
@@ -459,7 +457,7 @@ def _whole_places(recipe: Recipe, names: Sequence[Sequence[str]]) -> list[_Place
 def _range_places(
     recipe: Recipe,
     layers: LayerSlice,
-    names: Sequence[str],
+    names: Sequence[Sequence[str]],
     stacks: Mapping[str, int],
     first_layer: int,
     slice_number: int,
@@ -467,28 +465,29 @@ def _range_places(
 ) -> list[_Place]:
     """Return the places of one slice of layers, renumbered from `first_layer`.
 
-    Tensors before the layers come with the first slice, those after them with the last.
+    Tensors before the layers come with the first slice, those after them with the last. What the
+    first model lacks comes after what it has.
     """
     uses = layers.uses()
     ranges = [use.layer_range for use in uses]
     assert all(each is not None for each in ranges)
     begins = [each[0] for each in ranges if each is not None]
     count = layers.num_layers or 0
-    places = []
-    for name in names:
+    places: dict[str, _Place] = {}
+    for own_begin, name in ((begin, name) for begin, of in zip(begins, names, strict=True) for name in of):
         layer = split_layer(name)
         if layer and layer.stack in stacks:
-            within = layer.layer - begins[0]
-            if 0 <= within < count:
+            within = layer.layer - own_begin
+            new_name = layer.at(first_layer + within)
+            if 0 <= within < count and new_name not in places:
                 sources = tuple(layer.at(begin + within) for begin in begins)
-                place_t = layer_position(recipe, within, count)
-                places.append(_Place(layer.at(first_layer + within), sources, place_t))
+                places[new_name] = _Place(new_name, sources, layer_position(recipe, within, count))
             continue
         is_before = is_before_layers(name)
-        if slice_number == (0 if is_before else num_slices - 1):
+        if slice_number == (0 if is_before else num_slices - 1) and name not in places:
             place_t = layer_position(recipe, None, 1, is_after_layers=not is_before)
-            places.append(_Place(name, tuple(name for _ in uses), place_t))
-    return places
+            places[name] = _Place(name, tuple(name for _ in uses), place_t)
+    return [*places.values()]
 
 
 def _check_ranges(

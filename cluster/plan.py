@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.cluster.match import MergedTensor, Operand, Statistic
+from raymerge.cluster.model_wide import measured_together
 from raymerge.cluster.recipe import Recipe
 from raymerge.merge_actors.checkpoint.layout import Layout
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.block import unit_elements
 from raymerge.merge_actors.methods.interface import Settings
-from raymerge.merge_actors.methods.prepare import model_wide_steps, needs_preparation
+from raymerge.merge_actors.methods.prepare import needs_preparation
 from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.outputs import BATCH_BYTES
 from raymerge.merge_actors.randomness import stream_key
@@ -252,11 +253,7 @@ class _Planner:
         """Plan the one state of a recipe that is measured over all its tensors."""
         pieces: list[Piece] = []
         setting, total = -1, 0
-        for tensor in recipe.tensors:
-            if tensor.method == "copy" or not model_wide_steps(
-                METHODS[tensor.method], tensor.settings, SPARSIFIERS
-            ):
-                continue
+        for tensor in measured_together(recipe.recipe.name, recipe.tensors):
             setting = self._intern(tensor)
             reads, _ = _reads_of([tensor])
             elements = math.prod(tensor.shape)

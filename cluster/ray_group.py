@@ -54,6 +54,7 @@ class RayGroup:
         """
         self._context = ray.put(context)
         self._run += 1
+        self._losses_left = LOSSES_PER_WORKER * self._num_workers
         actors = {**self._actors, **dict(self._starting.values())}
         self._actors, self._starting = {}, {}
         for number, actor in actors.items():

@@ -55,6 +55,8 @@ class RunFolder:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self._is_lock(descriptor):  # its owner removed it when it was done, just now
+                    raise BlockingIOError
             except BlockingIOError:
                 raise OutputError(
                     f"another run is writing {self.out} ({_owner(descriptor)}); wait for it or choose another folder"
@@ -71,6 +73,13 @@ class RunFolder:
                         shutil.rmtree(self.path)
         finally:
             os.close(descriptor)
+
+    def _is_lock(self, descriptor: int) -> bool:
+        """Return whether an open file is the lock that others find in the folder."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(self.path, _LOCK_NAME)))
+        except FileNotFoundError:
+            return False
 
     def check_free(self, *, overwrite: bool, resume: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.

@@ -127,6 +127,7 @@ class InProcessGroup:
         for worker in self._workers:
             worker.close()
         self._workers, self._pools = [], []
+        self._events = queue.SimpleQueue()  # what ended after a failure is no news to the next run
 
     def _report(self, worker: int, instruction: Instruction, done: concurrent.futures.Future[Report]) -> None:
         if done.cancelled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Mapping
 
@@ -28,6 +29,7 @@ class RayMergeWorker:
     def __init__(self) -> None:
         self._setting_up = threading.Lock()
         self._run = -1
+        self._worker: MergeWorker | None = None
 
     def setup(self, context: RunContext, run: int) -> None:
         """Become the worker of a run; see `MergeWorker.check`.
@@ -45,17 +47,26 @@ class RayMergeWorker:
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
             # too, but then Ray cannot use the processes that it keeps ready.)
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if self._worker is not None:
+            self._worker.close()  # an open file would keep the space of an output that was replaced
+        # Lanes hand the interpreter to each other hundreds of times a second: a lane that waits for
+        # it must not wait for Python's default of 5 ms.
+        sys.setswitchinterval(2e-4)
         self._worker = MergeWorker(context)
         self._worker.check()
 
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.merge`."""
-        return self._worker.merge(task, states)
+        return self._ready().merge(task, states)
 
     def solve(self, task: SolveTask) -> TaskReport:
         """See `MergeWorker.solve`."""
-        return self._worker.solve(task)
+        return self._ready().solve(task)
 
     def measure(self, task: MeasureTask) -> MeasureReport:
         """See `MergeWorker.measure`."""
-        return self._worker.measure(task)
+        return self._ready().measure(task)
+
+    def _ready(self) -> MergeWorker:
+        assert self._worker is not None, "instructions come after setup"
+        return self._worker

@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from raymerge.merge_actors.checkpoint.folder import Checkpoint
+import xxhash
+
+from raymerge.merge_actors.checkpoint.folder import Checkpoint, fingerprint
 from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.errors import CheckpointError, MismatchError, OutputError
 from raymerge.merge_actors.files import write_error
@@ -54,6 +56,13 @@ class Statistics:
     modules: Mapping[str, Module]
     """By the name of the weight tensor in the checkpoint."""
     manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hex over headers, lengths and samples of the files, and the manifest."""
+        tensors = [module.tensor for module in self.modules.values()]
+        of_files = fingerprint(tensors, sorted({tensor.file for tensor in tensors}))
+        return xxhash.xxh3_128_hexdigest(f"{of_files}{json.dumps(self.manifest)}".encode())
 
     @property
     def num_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -325,6 +326,22 @@ def test_two_runs_on_one_out_exclude_each_other(tmp_path: Path, models: list[str
         with pytest.raises(OutputError, match="another run is writing"):
             run(recipe_of(models), tmp_path / "out", overwrite=True)
         run(recipe_of(models), tmp_path / "other")
+    run(recipe_of(models), tmp_path / "out")
+
+
+def test_lock_that_its_owner_removes_meanwhile_is_no_lock(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the lock and taking it the other run ends and removes it: nobody else would see it."""
+    real_flock = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        shutil.rmtree(tmp_path / ".out.raymerge")
+        real_flock(descriptor, operation)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="another run is writing"):
+        patch.setattr(fcntl, "flock", flock)
+        run(recipe_of(models), tmp_path / "out")
     run(recipe_of(models), tmp_path / "out")
 
 

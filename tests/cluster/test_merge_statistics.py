@@ -13,7 +13,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import raymerge
+from raymerge.cluster.campaign import plan_wave
 from raymerge.cluster.manifest import MANIFEST_NAME
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.recipe import load_recipes
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods.gram_matrix import pack_upper
@@ -194,3 +197,17 @@ def test_statistics_have_no_effect_on_other_methods(measured: Any, tmp_path: Pat
     asked = {**recipe(folders), "merge_method": "linear", "parameters": {"weight": 1}}
     result = raymerge.merge(asked, tmp_path / "out", in_process=True)
     assert any("statistics has no effect: linear uses no statistics" in line for line in result.remarks)
+
+
+def test_statistics_belong_to_what_a_run_was_planned_from(measured: Any, tmp_path: Path) -> None:
+    """Statistics that change between a kill and `--resume` make another run."""
+    folders, _, _ = measured
+    (read,), _ = load_recipes({"name": "merged", **recipe(folders)})
+    fingerprints = []
+    for value in (1.0, 1.0, 2.0):
+        grams = load_file(tmp_path / "s0" / "part.safetensors")
+        grams["q"][0] = value
+        save_file(grams, tmp_path / "s0" / "part.safetensors")
+        wave = plan_wave([read], {"merged": str(tmp_path / "out")}, MergeOptions(), {})
+        fingerprints.append(wave.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

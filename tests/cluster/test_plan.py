@@ -355,6 +355,67 @@ def test_range_beyond_the_last_layer_is_refused() -> None:
         plan_of([recipe], models, KIB)
 
 
+def test_threshold_over_the_model_needs_one_density() -> None:
+    header = {f"model.layers.{i}.w": ("F32", (4, 4)) for i in range(4)}
+    models = {name: checkpoint(name, header) for name in ("base", "one", "two")}
+    recipe = ties("ties", ["one", "two"], trim="model")
+    recipe["models"][1]["parameters"]["density"] = [0.1, 0.9]
+    with pytest.raises(RecipeError, match=r"one threshold per model.*model\.layers\.1\.w"):
+        plan_of([recipe], models, KIB)
+    recipe["models"][1]["parameters"]["density"] = 0.1
+    recipe["parameters"]["trim"] = [{"filter": "layers.0.", "value": "tensor"}, {"value": "model"}]
+    with pytest.raises(RecipeError, match=r"one threshold per model.*model\.layers\.0\.w"):
+        plan_of([recipe], models, KIB)
+
+
+def test_threshold_over_the_model_needs_the_same_models_in_every_slice() -> None:
+    header = {f"model.layers.{i}.w": ("F32", (4, 4)) for i in range(4)}
+    models = {name: checkpoint(name, header) for name in ("base", "one", "two", "three")}
+    slices = [
+        {"sources": [{"model": name, "layer_range": layers} for name in (*names, "base")]}
+        for names, layers in ((("one", "two"), [0, 2]), (("one", "three"), [2, 4]))
+    ]
+    recipe = {
+        "name": "ties",
+        "merge_method": "ties",
+        "base_model": "base",
+        "slices": slices,
+        "parameters": {"weight": 1.0, "density": 0.5, "trim": "model"},
+    }
+    with pytest.raises(RecipeError, match=r"one threshold per model.*model\.layers\.2\.w"):
+        plan_of([recipe], models, KIB)
+    plan_of([{**recipe, "slices": slices[:1]}], models, KIB)
+
+
+def test_tensor_that_only_a_later_source_of_a_slice_has_is_not_forgotten() -> None:
+    header = {
+        "model.embed_tokens.weight": ("F32", (32, 8)),
+        **{f"model.layers.{i}.w": ("F32", (8, 8)) for i in range(3)},
+    }
+    more = {**header, "model.layers.1.bias": ("F32", (8,)), "lm_head.weight": ("F32", (32, 8))}
+    config = {"num_hidden_layers": 3}
+    models = {"one": checkpoint("one", header, config), "two": checkpoint("two", more, config)}
+    sources = [{"model": "one", "layer_range": [1, 3]}, {"model": "two", "layer_range": [0, 2]}]
+    recipe = {
+        "name": "mean",
+        "merge_method": "linear",
+        "slices": [{"sources": sources}],
+        "parameters": {"weight": 1},
+    }
+    with pytest.raises(
+        MismatchError, match=r"tensor model\.layers\.1\.bias stands in model two but not in one"
+    ):
+        plan_of([recipe], models, KIB)
+    plan = plan_of([{**recipe, "missing": "present"}], models, KIB)
+    assert [tensor.name for tensor in plan.recipes[0].tensors] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.w",
+        "model.layers.1.w",
+        "model.layers.1.bias",
+        "lm_head.weight",
+    ]
+
+
 _SCALE_SCRIPT = """
 import json, resource, sys, time
 from raymerge.cluster.options import MergeOptions

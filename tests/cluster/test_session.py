@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import raymerge
+from raymerge.cluster.worker_group import InProcessGroup
 from raymerge.merge_actors.errors import NotFiniteError, OutputError
+from raymerge.merge_actors.ray_worker import RayMergeWorker
+from raymerge.merge_actors.task import MergeTask, RunContext
 
 
 @pytest.fixture
@@ -71,6 +75,36 @@ def test_a_failed_merge_leaves_the_session_usable(
         assert not (tmp_path / "out").exists()
         session.merge(ties(models), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_ended_after_a_failure_is_no_news_to_the_next_run() -> None:
+    """A failed run leaves tasks behind that end while the group closes; their reports must not count later."""
+    context = RunContext(run_id="run", settings=(), device="cpu", num_threads=1)
+    group = InProcessGroup(2)
+    group.start(context)
+    for number in range(8):
+        group.submit(number % 2, MergeTask(number=number, pieces=()), {})
+    group.close()
+    group.start(context)
+    assert group.wait(0.05) == []
+    group.close()
+
+
+def test_actor_lets_go_of_the_files_of_an_earlier_run(tmp_path: Path, models: list[str]) -> None:
+    """An open file of an output that was replaced would keep its space on the disk."""
+    actor = RayMergeWorker.__ray_metadata__.modified_class()
+    context = RunContext(run_id="run", settings=(), device="cpu", num_threads=1)
+    actor.setup(context, 0)
+    path = tmp_path / "base" / "model.safetensors"
+    actor._worker._files.read_into(str(path), 0, memoryview(bytearray(8)))
+    assert _num_open(path) == 1
+    actor.setup(context, 1)
+    assert _num_open(path) == 0
+
+
+def _num_open(path: Path) -> int:
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.realpath(link) == str(path.resolve()) for link in links if os.path.lexists(link))
 
 
 def test_options_of_the_workers_are_the_sessions(models: list[str], tmp_path: Path) -> None:
