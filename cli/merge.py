@@ -29,7 +29,11 @@ from raymerge.cli.shared import recipe_options
 )
 @recipe_options
 @click.option("--resume", is_flag=True, help="Go on with an unfinished run for OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, or drop an unfinished run for it.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUT (of several recipes, their folders in it), or drop an unfinished run.",
+)
 @click.option("--fsync", is_flag=True, help="Flush OUT to the disk before it gets its name.")
 @click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity, with a warning.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")

@@ -202,6 +202,11 @@ def _open_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[
                     f"{recipe.origin.at(use.where)}: {recipe.merge_method} needs statistics of {use.model.key}; "
                     f"measure them with raymerge stats --kind {kind} and name their folder: statistics: PATH"
                 )
+            if use.model.adapter is not None:
+                raise MismatchError(
+                    f"{recipe.origin.at(use.where)}: {use.model.key} has an adapter, and statistics are measured on "
+                    "whole checkpoints: merge the adapter into its model first (passthrough), and measure that"
+                )
             statistics = open_statistics(use.statistics)
             if statistics.kind != kind:
                 raise MismatchError(

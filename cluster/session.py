@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -75,7 +75,7 @@ class Session:
             RaymergeError: with one sentence for the user; `out` is then as it was before.
         """
         assert self._workers is not None, "the session is not entered: use it in a with statement"
-        recipes = [recipe] if isinstance(recipe, str | os.PathLike | dict) else list(recipe)
+        recipes = [recipe] if isinstance(recipe, str | os.PathLike | Mapping) else list(recipe)
         return merge(
             recipes,
             out,

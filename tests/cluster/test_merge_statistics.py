@@ -211,3 +211,23 @@ def test_statistics_belong_to_what_a_run_was_planned_from(measured: Any, tmp_pat
         wave = plan_wave([read], {"merged": str(tmp_path / "out")}, MergeOptions(), {})
         fingerprints.append(wave.fingerprint)
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_a_model_with_an_adapter_is_refused(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    prefix = "base_model.model.q"
+    factors = {
+        f"{prefix}.lora_A.weight": np.ones((2, I), np.float32),
+        f"{prefix}.lora_B.weight": np.ones((O1, 2), np.float32),
+    }
+    save_file(factors, lora / "adapter_model.safetensors")
+    asked = recipe(folders)
+    asked["models"][0]["model"] += f"+{lora}"
+    with pytest.raises(
+        MismatchError, match="has an adapter, and statistics are measured on whole checkpoints"
+    ):
+        raymerge.merge(asked, tmp_path / "out", in_process=True)
