@@ -17,19 +17,16 @@ from typing import Any
 import xxhash
 
 from raymerge.cluster.match import LoadedModel, match
-from raymerge.cluster.model_ref import ModelRef
+from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import Recipe, load_recipes
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
-from raymerge.merge_actors.checkpoint.adapter import open_adapter
-from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
-from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
-from raymerge.merge_actors.errors import CheckpointError, MismatchError, RecipeError
+from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.task import HubModel
-from raymerge.stats.statistics_file import Statistics, open_statistics
+from raymerge.stats.statistics_file import Statistics
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -126,6 +123,7 @@ def plan_wave(
     folders: Mapping[str, str],
     options: MergeOptions,
     results: Mapping[str, str],
+    opened: OpenedInputs | None = None,
 ) -> PlannedWave:
     """Open all models of some recipes and plan their merge, from headers alone.
 
@@ -134,17 +132,19 @@ def plan_wave(
         folders: where each recipe's files will be written, by name.
         options: slice and shard size.
         results: folders of earlier recipes' results, by name.
+        opened: keeps what has been opened from one call to the next; None opens everything anew.
 
     Raises:
         RaymergeError: whatever is wrong with recipes or models.
     """
-    models, hub_models = _open_models(recipes, options, results)
+    opened = opened or OpenedInputs()
+    models, hub_models = opened.open_models(recipes, results, allow_pickle=options.allow_pickle)
     plans, vocabularies, remarks = [], [], []
     all_statistics: dict[str, Statistics] = {}
     limit = parse_size(options.out_shard_size)
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
-        statistics = _open_statistics(recipe, models)
+        statistics = _open_statistics(recipe, models, opened)
         all_statistics |= statistics
         tensors, said = match(recipe, models, vocabulary, statistics)
         said += vocabulary.remarks if vocabulary else ()
@@ -158,38 +158,9 @@ def plan_wave(
     return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks), tuple(hub_models), all_statistics)
 
 
-def _open_models(
-    recipes: Sequence[Recipe], options: MergeOptions, results: Mapping[str, str]
-) -> tuple[dict[str, LoadedModel], list[HubModel]]:
-    """Open every model once; returns them by key, and those that came from the Hub."""
-    checkpoints: dict[tuple[str, str | None], Checkpoint] = {}
-    models: dict[str, LoadedModel] = {}
-    hub_models: list[HubModel] = []
-    # A model's folder may bear the name of a recipe that has written something by now.
-    made_here = {name for recipe in recipes for name in recipe.depends_on}
-
-    def folder_of(ref: ModelRef) -> str:
-        if ref.path in made_here:
-            return results[ref.path]
-        folder = locate(ref.path, ref.revision, allow_pickle=options.allow_pickle)
-        if not os.path.isdir(ref.path):
-            hub_models.append(HubModel(ref.path, ref.revision, os.path.realpath(folder)))
-        return folder
-
-    for ref in dict.fromkeys(ref for recipe in recipes for ref in _refs_of(recipe)):
-        place = (ref.path, ref.revision)
-        if place not in checkpoints:
-            checkpoints[place] = open_checkpoint(folder_of(ref), allow_pickle=options.allow_pickle)
-            _refuse_quantised(checkpoints[place])
-        adapter = None
-        if ref.adapter is not None:
-            folder = folder_of(ref.adapter)
-            adapter = open_adapter(folder, checkpoints[place], allow_pickle=options.allow_pickle)
-        models[ref.key] = LoadedModel(ref.key, checkpoints[place], adapter)
-    return models, hub_models
-
-
-def _open_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[str, Statistics]:
+def _open_statistics(
+    recipe: Recipe, models: Mapping[str, LoadedModel], opened: OpenedInputs
+) -> dict[str, Statistics]:
     """Open the statistics that a recipe names, by path, and check them against their models."""
     kind = METHODS[recipe.merge_method].statistic
     found: dict[str, Statistics] = {}
@@ -207,7 +178,7 @@ def _open_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[
                     f"{recipe.origin.at(use.where)}: {use.model.key} has an adapter, and statistics are measured on "
                     "whole checkpoints: merge the adapter into its model first (passthrough), and measure that"
                 )
-            statistics = open_statistics(use.statistics)
+            statistics = opened.open_statistics(use.statistics)
             if statistics.kind != kind:
                 raise MismatchError(
                     f"the statistics {use.statistics} are of kind {statistics.kind}, but {recipe.merge_method} "
@@ -216,21 +187,6 @@ def _open_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[
             statistics.check_against(models[use.model.key].checkpoint)
             found[use.statistics] = statistics
     return found
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-        raise CheckpointError(
-            f"model {checkpoint.path} is quantised ({kind}): its tensors are codes and scales, not weights; merge "
-            "the original checkpoint, or dequantise it first"
-        )
-
-
-def _refs_of(recipe: Recipe) -> list[ModelRef]:
-    refs = [*recipe.all_models(), recipe.donor]
-    return refs + list(recipe.tokenizer.models() if recipe.tokenizer else ())
 
 
 def _files_of(source: RecipeSource) -> list[RecipeSource]:

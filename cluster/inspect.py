@@ -176,30 +176,34 @@ def inspect(
     )
 
 
-def quick_check(recipe: Recipe, models: Mapping[str, LoadedModel]) -> list[str]:
-    """Look at samples of a recipe's models and say what does not look like a sensible merge.
+def quick_check(recipes: Sequence[Recipe], models: Mapping[str, LoadedModel]) -> list[str]:
+    """Look at samples of the models of some recipes and say what does not look like a sensible merge.
 
-    At most 3 MiB of each model (in bfloat16) are read. Models with an adapter are left out: what
-    an adapter adds is small by construction. Without a base, models are only asked whether
-    they are of one origin.
+    At most 3 MiB of each model (in bfloat16) are read for each base, however many recipes use it.
+    Models with an adapter are left out: what an adapter adds is small by construction. Without a
+    base, models are only asked whether they are of one origin.
 
     Args:
-        recipe: what is to be merged.
-        models: by `ModelRef.key`; at least all models of the recipe.
+        recipes: what is to be merged.
+        models: by `ModelRef.key`; at least all models of the recipes.
 
     Returns:
         remarks for the user; none for models with SFT-sized deltas.
     """
-    if recipe.merge_method == "passthrough":
-        return []
-    has_base = recipe.base_model is not None
-    keys = dict.fromkeys(ref.key for ref in (recipe.donor, *recipe.all_models()))
-    # The same model may be listed twice, or once more as its own base.
-    unique = {models[key].checkpoint.folder: key for key in reversed(keys) if models[key].adapter is None}
-    if models[recipe.donor.key].adapter is not None or len(unique) < 2:
-        return []
-    kept = [key for key in keys if key in unique.values()]
-    return sampled_remarks({key: models[key].checkpoint for key in kept}, has_base=has_base)
+    compared: dict[tuple[str, bool], dict[str, None]] = {}
+    for recipe in recipes:
+        donor = recipe.donor.key
+        if recipe.merge_method != "passthrough" and models[donor].adapter is None:
+            keys = compared.setdefault((donor, recipe.base_model is not None), {donor: None})
+            keys |= dict.fromkeys(ref.key for ref in recipe.all_models() if models[ref.key].adapter is None)
+    remarks: list[str] = []
+    for (_, has_base), keys in compared.items():
+        # The same model may be listed twice, or once more as its own base.
+        unique = {models[key].checkpoint.folder: key for key in reversed(keys)}
+        kept = {key: models[key].checkpoint for key in keys if key in unique.values()}
+        if len(kept) > 1:
+            remarks += sampled_remarks(kept, has_base=has_base)
+    return list(dict.fromkeys(remarks))
 
 
 def sampled_remarks(checkpoints: Mapping[str, Checkpoint], *, has_base: bool) -> list[str]:

@@ -19,6 +19,7 @@ from raymerge.cluster.controller import Controller, Totals
 from raymerge.cluster.inspect import quick_check
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.manifest import make_manifest, write_manifest
+from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress
@@ -140,6 +141,7 @@ class _Run:
     ) -> None:
         self.folder, self.options, self.workers = folder, options, workers
         self.remark, self.show_progress = remark, show_progress
+        self.opened = OpenedInputs()
         self.totals = Totals()
         self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
@@ -156,12 +158,11 @@ class _Run:
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         results = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
-        planned = plan_wave(recipes, folders, self.options, results)
+        planned = plan_wave(recipes, folders, self.options, results, self.opened)
         for line in planned.remarks:
             self.remark(line)
-        for recipe in recipes:
-            for line in quick_check(recipe, planned.models):
-                self.remark(line)
+        for line in quick_check(recipes, planned.models):
+            self.remark(line)
         return planned
 
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:

@@ -56,13 +56,8 @@ class Statistics:
     modules: Mapping[str, Module]
     """By the name of the weight tensor in the checkpoint."""
     manifest: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """128 bits in hex over headers, lengths and samples of the files, and the manifest."""
-        tensors = [module.tensor for module in self.modules.values()]
-        of_files = fingerprint(tensors, sorted({tensor.file for tensor in tensors}))
-        return xxhash.xxh3_128_hexdigest(f"{of_files}{json.dumps(self.manifest)}".encode())
+    fingerprint: str
+    """128 bits in hex over headers, lengths and samples of the files, and the manifest."""
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +148,18 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
                 f"the statistics {folder} name {entry[field]!r} for {name}, but no file holds it; measure again."
             )
         modules[name] = _module(folder, name, entry, tensor, kind)
-    return Statistics(path=folder, kind=kind, modules=modules, manifest=manifest)
+    return Statistics(
+        path=folder,
+        kind=kind,
+        modules=modules,
+        manifest=manifest,
+        fingerprint=_fingerprint([module.tensor for module in modules.values()], manifest),
+    )
+
+
+def _fingerprint(tensors: list[TensorInfo], manifest: Mapping[str, Any]) -> str:
+    of_files = fingerprint(tensors, sorted({tensor.file for tensor in tensors}))
+    return xxhash.xxh3_128_hexdigest(f"{of_files}{json.dumps(manifest)}".encode())
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Inspecting checkpoints: what they hold, where they differ, verdicts on real-shaped tiny models."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -323,9 +324,9 @@ def _recipe(base: Path | None, *models: Path, method: str = "task_arithmetic") -
     return recipe
 
 
-def _check(recipe: Any) -> list[str]:
-    keys = [recipe.donor.key, *(ref.key for ref in recipe.all_models())]
-    return quick_check(recipe, {key: LoadedModel(key, open_checkpoint(key)) for key in keys})
+def _check(*recipes: Any) -> list[str]:
+    keys = [key for each in recipes for key in (each.donor.key, *(ref.key for ref in each.all_models()))]
+    return quick_check(recipes, {key: LoadedModel(key, open_checkpoint(key)) for key in keys})
 
 
 def test_the_quick_check_is_silent_for_fine_tunes(tiny_checkpoints: Callable[..., Any]) -> None:
@@ -360,6 +361,23 @@ def test_the_quick_check_skips_the_base_listed_as_a_model(base: Path, variant: C
     tuned = variant("tuned", _noise(5e-4))
     assert _check(_recipe(base, base, tuned, method="linear")) == []
     assert _check(_recipe(base, base, base, method="linear")) == []
+
+
+def test_the_quick_check_reads_a_model_once_for_many_recipes(
+    base: Path, variant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [variant(f"model{i}", _noise(0.03)) for i in range(3)]
+    pairs = [_recipe(base, *pair) for pair in itertools.permutations(models, 2)]
+    calls = []
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr("raymerge.cluster.inspect.measure", spy)
+    remarks = _check(*pairs)
+    assert len(calls) == 1 and len(remarks) == 3
+    assert sorted(remarks) == sorted(_check(_recipe(base, *models)))
 
 
 def test_the_quick_check_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
