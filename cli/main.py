@@ -17,6 +17,8 @@ _COMMANDS = {
     "inspect": "raymerge.cli.inspect",
     "verify": "raymerge.cli.verify",
     "stats": "raymerge.cli.stats",
+    "submit": "raymerge.cli.submit",
+    "jobs": "raymerge.cli.jobs",
 }
 
 

@@ -1,0 +1,256 @@
+"""Submitted commands on a Ray cluster: submit, follow, list, stop, wait.
+
+A thin skin over Ray's job client that speaks of states and errors in words. The client authenticates by Ray's own
+rules (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token): a token never passes through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raymerge.merge_actors.errors import ClusterError, RecipeError
+
+#: States in which a job has come to its end.
+ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+_POLL_SECONDS = 1.0
+#: How often a lost connection to a job's log is taken up again before we give up.
+_MOST_RECONNECTIONS = 20
+_CHATTY = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+#: Parts of a variable's name that say that its value is a secret.
+_SECRET = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """A submitted command as the cluster sees it."""
+
+    submission_id: str
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    command: str
+    message: str
+    start_time: float | None
+    """Seconds since 1970."""
+    end_time: float | None
+    exit_code: int | None
+    """Of the command; None while it runs, or if it never started."""
+
+    @property
+    def is_ended(self) -> bool:
+        """Return whether the job has come to its end."""
+        return self.state in ENDED
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect to a cluster's job server.
+
+        Args:
+            address: such as http://127.0.0.1:8265; None means RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or a
+                cluster on this machine.
+
+        Raises:
+            ClusterError: nobody answers, or the token is missing or wrong.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
+
+        # Uploads and closed connections are Ray's own business; what matters is said by us.
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            self._client: Any = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise _cluster_error(error, address) from error
+        self.address = str(self._client.get_address())
+
+    def find(self, submission_id: str) -> JobStatus | None:
+        """Return a job's status, or None if the cluster does not know it."""
+        try:
+            return _status(self._client.get_job_info(submission_id))
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise _cluster_error(error, self.address) from error
+
+    def get(self, submission_id: str) -> JobStatus:
+        """Return a job's status.
+
+        Raises:
+            ClusterError: the cluster does not know the job.
+        """
+        found = self.find(submission_id)
+        if found is None:
+            raise ClusterError(
+                f"the cluster at {self.address} knows no job {submission_id}; see raymerge jobs list"
+            )
+        return found
+
+    def all(self) -> list[JobStatus]:
+        """Return all jobs that were submitted to the cluster, the latest first."""
+        try:
+            details = self._client.list_jobs()
+        except RuntimeError as error:
+            raise _cluster_error(error, self.address) from error
+        found = [_status(each) for each in details if each.submission_id]
+        return sorted(found, key=lambda job: -(job.start_time or 0.0))
+
+    def submit(
+        self,
+        submission_id: str,
+        entrypoint: str,
+        folder: str,
+        *,
+        environment: Mapping[str, str],
+        metadata: Mapping[str, str],
+        pip: list[str] | None = None,
+    ) -> None:
+        """Submit a command.
+
+        Args:
+            submission_id: the job's name; one that failed or was stopped gives its name up.
+            entrypoint: a shell command, which runs on the head node in a copy of `folder`.
+            folder: on this machine.
+            environment: variables of the command and of its workers.
+            metadata: what to note beside the job.
+            pip: requirements to install on the nodes for this job, beside what they have.
+
+        Raises:
+            ClusterError: the cluster refuses it.
+        """
+        check_no_secret(environment)
+        runtime: dict[str, Any] = {"working_dir": folder, "env_vars": dict(environment)}
+        if pip:
+            runtime["pip"] = pip
+        try:
+            earlier = self.find(submission_id)
+            if earlier is not None and earlier.is_ended:
+                self._client.delete_job(submission_id)
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=runtime,
+                metadata=dict(metadata),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise _cluster_error(error, self.address) from error
+
+    def follow(self, submission_id: str, write: Callable[[str], None]) -> JobStatus:
+        """Hand on a job's log from its beginning until the job ends; return how it ended.
+
+        Raises:
+            ClusterError: the job is gone, or the connection breaks again and again.
+        """
+        asyncio.run(self._follow(submission_id, write))
+        return self.wait(submission_id)
+
+    async def _follow(self, submission_id: str, write: Callable[[str], None]) -> None:
+        num_seen, num_failures = 0, 0
+        while True:
+            num_here = 0
+            try:
+                async for text in self._client.tail_job_logs(submission_id):
+                    begin = max(0, num_seen - num_here)  # the log begins anew after a lost connection
+                    num_here += len(text)
+                    write(text[begin:])
+                    num_seen = max(num_seen, num_here)
+                return
+            except Exception as error:  # whatever aiohttp and the client raise for a broken connection
+                status = self.get(submission_id)
+                num_failures += 1
+                if status.is_ended:
+                    return
+                if num_failures > _MOST_RECONNECTIONS:
+                    raise _cluster_error(error, self.address) from error
+                await asyncio.sleep(_POLL_SECONDS)
+
+    def wait(self, submission_id: str, timeout_seconds: float | None = None) -> JobStatus:
+        """Return a job's status when it has ended.
+
+        Raises:
+            ClusterError: it has not ended in time.
+        """
+        started = time.monotonic()
+        while not (status := self.get(submission_id)).is_ended:
+            if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
+                raise ClusterError(
+                    f"job {submission_id} is still {status.state} after {timeout_seconds:g} s; it goes on"
+                )
+            time.sleep(_POLL_SECONDS)
+        return status
+
+    def logs(self, submission_id: str) -> str:
+        """Return a job's log as it stands."""
+        self.get(submission_id)
+        try:
+            return str(self._client.get_job_logs(submission_id))
+        except RuntimeError as error:
+            raise _cluster_error(error, self.address) from error
+
+    def stop(self, submission_id: str) -> bool:
+        """Ask a job to end (SIGTERM, seconds later SIGKILL); return whether it was running."""
+        if self.get(submission_id).is_ended:
+            return False
+        try:
+            return bool(self._client.stop_job(submission_id))
+        except RuntimeError as error:
+            raise _cluster_error(error, self.address) from error
+
+
+def check_no_secret(environment: Mapping[str, str]) -> None:
+    """Refuse variables whose names say that they hold a secret: everybody with the dashboard reads a job's variables.
+
+    Raises:
+        RecipeError: naming the variable.
+    """
+    for name in environment:
+        if any(part in name.upper() for part in _SECRET):
+            raise RecipeError(
+                f"--env {name}: a job's variables stand in the cluster's dashboard and logs; put secrets into the "
+                "nodes' own environment, an instance role or a mounted file instead"
+            )
+
+
+def _status(details: Any) -> JobStatus:
+    # Ray counts milliseconds.
+    start, end = (None if t is None else t / 1000 for t in (details.start_time, details.end_time))
+    return JobStatus(
+        submission_id=str(details.submission_id),
+        state=str(getattr(details.status, "value", details.status)),
+        command=str(details.entrypoint),
+        message=str(details.message or "").partition(", last available logs")[0],
+        start_time=start,
+        end_time=end,
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _cluster_error(error: BaseException, address: str | None) -> ClusterError:
+    """Say in one sentence what a job server's answer means."""
+    text = str(error)
+    place = address or "RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine"
+    if "401" in text or "403" in text or "uthenticat" in text:
+        return ClusterError(
+            f"the cluster at {place} refuses our token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token to the cluster's own"
+        )
+    if isinstance(error, ConnectionError) or "connect" in text.lower():
+        return ClusterError(
+            f"no Ray job server answers at {place}; it is the dashboard's address, such as http://127.0.0.1:8265 "
+            "(through `ray dashboard ray_cluster.yaml` if the cluster is elsewhere)"
+        )
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), text)
+    return ClusterError(f"the cluster at {place} refused: {last.strip()[:500]}")

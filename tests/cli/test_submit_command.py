@@ -1,0 +1,157 @@
+"""raymerge submit and jobs: the words of a command, and a real job server with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from raymerge.cli.main import main
+from raymerge.cluster.jobs import check_no_secret
+from raymerge.merge_actors.errors import RecipeError
+
+
+@pytest.fixture
+def recipe(tiny_checkpoints, tmp_path, monkeypatch):
+    """Write a recipe that names its models by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    family = tiny_checkpoints("llama")
+    for model, name in zip(family.models, "ab", strict=False):
+        os.symlink(model, name)
+    Path("average.yaml").write_text(
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    )
+    return tmp_path
+
+
+def test_a_command_is_checked_before_a_cluster_is_asked(recipe):
+    run = CliRunner().invoke
+    address = ["submit", "--address", "http://127.0.0.1:1"]
+    assert "no command that runs on a cluster" in run(main, [*address, "--", "report", "x"]).output
+    assert "No such option" in run(main, [*address, "--", "merge", "average.yaml", "out", "--bogus"]).output
+    assert (
+        "leave --address"
+        in run(main, [*address, "--", "merge", "average.yaml", "out", "--in-process"]).output
+    )
+    Path("bad.yaml").write_text("merge_method: lineer\nmodels: [{model: a}]\n")
+    assert "lineer" in run(main, [*address, "--", "merge", "bad.yaml", "out"]).output
+    Path("gone.yaml").write_text(
+        "merge_method: linear\nmodels: [{model: ./gone}, {model: a}]\nparameters: {weight: 1}\n"
+    )
+    assert "gone" in run(main, [*address, "--", "merge", "gone.yaml", "out"]).output
+    done = run(main, [*address, "--", "merge", "average.yaml", "out"])
+    assert done.exit_code == 1 and "no Ray job server answers at http://127.0.0.1:1" in done.output
+
+
+def test_secrets_are_not_put_into_a_job():
+    check_no_secret({"HF_HUB_OFFLINE": "1", "AWS_REGION": "eu-1"})
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password"):
+        with pytest.raises(RecipeError, match=name):
+            check_no_secret({name: "x"})
+
+
+@pytest.fixture(scope="module")
+def job_server():
+    """Start a head node with dashboard and token; give the environment of its users."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    scripts = os.path.dirname(sys.executable)
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    folder = tempfile.mkdtemp(prefix="rj", dir="/tmp")
+    head = subprocess.Popen(
+        [
+            f"{scripts}/ray",
+            *("start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
+            f"--object-store-memory={80 * 2**20}",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(lambda: _raymerge(environment, "jobs", "list").returncode == 0)
+        yield environment
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(30)
+
+
+def _raymerge(environment, *words, **options):
+    command = [sys.executable, "-m", "raymerge", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def _wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_a_job_runs_is_the_same_job_twice_and_passes_its_exit_code_on(recipe, job_server):
+    words = ("submit", "--", "merge", "average.yaml", "out", "--workers", "1")
+    first = _raymerge(job_server, *words)
+    assert first.returncode == 0, first.stderr
+    assert f"merged into {recipe / 'out'}" in first.stdout
+    assert (recipe / "out" / "model.safetensors").exists()
+
+    again = _raymerge(job_server, *words)
+    assert again.returncode == 0
+    assert "submitted before and is SUCCEEDED" in again.stderr
+
+    listed = json.loads(_raymerge(job_server, "jobs", "list", "--json").stdout)
+    assert [job["state"] for job in listed] == ["SUCCEEDED"]
+    assert job_server["RAY_AUTH_TOKEN"] not in json.dumps(listed)
+
+    # OUT exists by now, which only the cluster finds out.
+    refused = _raymerge(job_server, *words, "--slice-mib", "8")
+    assert refused.returncode == 1
+    assert "exists" in refused.stdout
+
+    stranger = _raymerge({**job_server, "RAY_AUTH_TOKEN": "x" * 32}, "jobs", "list")
+    assert stranger.returncode == 1 and "refuses our token" in stranger.stderr
+
+
+def test_a_stopped_job_can_be_submitted_again(recipe, job_server):
+    words = (
+        "submit",
+        "--no-wait",
+        "--name",
+        "stopped",
+        "--",
+        "merge",
+        "average.yaml",
+        "other",
+        "--workers",
+        "1",
+    )
+    name = _raymerge(job_server, *words).stdout.strip()
+    assert name.startswith("stopped-")
+    assert _raymerge(job_server, "jobs", "stop", name).stdout.strip() == f"stopping {name}"
+    assert _raymerge(job_server, "jobs", "wait", name).returncode != 0
+    assert "STOPPED" in _raymerge(job_server, "jobs", "status", name).stdout
+    assert not (recipe / "other").exists()
+    assert _raymerge(job_server, *words).stdout.strip() == name
+    assert _raymerge(job_server, "jobs", "wait", name, "--timeout", "60").returncode == 0
+    assert (recipe / "other" / "model.safetensors").exists()
+    assert "merged into" in _raymerge(job_server, "jobs", "logs", "--follow", name).stdout
