@@ -16,7 +16,8 @@ from typing import Any
 
 import xxhash
 
-from raymerge.cluster.match import LoadedModel, match
+from raymerge.cluster.match import match
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan

@@ -14,7 +14,7 @@ from raymerge.cluster.tokenizer_tokens import TOKENIZER_CONFIG, tokenizer_folder
 from raymerge.merge_actors.checkpoint.files import read_json
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 TEMPLATE_FILE = "chat_template.jinja"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymerge.cluster.layers import main_stacks
-from raymerge.cluster.match import LoadedModel
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.vocabulary_rows import num_rows_of
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo

@@ -41,7 +41,7 @@ from raymerge.stats.delta import QUANTILE_RELATIVE_ERROR, Agreement
 from raymerge.stats.verdict import SFT_MAGNITUDE, SFT_QUANTILE, Judgement, MatrixRow, judge
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
     from raymerge.cluster.recipe import Recipe
 
 #: With less than this share of the base's parameters in common there is nothing to judge.

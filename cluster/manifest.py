@@ -9,17 +9,25 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from raymerge.cluster.match import LoadedModel, MergedTensor
+from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.plan import RecipePlan
+from raymerge.cluster.plan_solves import chunk_bytes_of
 from raymerge.cluster.run_folder import MANIFEST_NAME
-from raymerge.merge_actors.checksum import add_checksums, checksum_chunk_bytes
+from raymerge.merge_actors.checksum import add_checksums
 from raymerge.merge_actors.task import PieceReport
 
 FORMAT_VERSION = 1
+#: Figures of a solve -> how those of several parts of a tensor are summed up.
+_FIGURES: Mapping[str, Callable[[list[float]], float]] = {
+    "condition": max,
+    "rank": min,
+    "num_dead_inputs": max,
+    "jitter": max,
+}
 _PACKAGES = ("raymerge", "torch", "ray", "safetensors", "numpy")
 
 
@@ -78,14 +86,15 @@ def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dic
         "models": [operand.model for operand in tensor.models],
         "base": tensor.base.model if tensor.base else None,
         "checksum": f"{add_checksums(*(report.checksum for report in reports)):016x}",
-        "checksum_chunk_bytes": checksum_chunk_bytes(tensor.shape, tensor.dtype),
+        "checksum_chunk_bytes": chunk_bytes_of(tensor),
     }
     if tensor.method != "copy":
         # Six digits: pieces are summed in the order of the cut, which may differ between runs.
         row["norm"] = float(f"{math.sqrt(math.fsum(r.sum_squares for r in reports)):.6g}")
         row["num_nonfinite"] = sum(report.num_nonfinite for report in reports)
-    for report in reports:
-        row |= report.figures
+    for name, combine in _FIGURES.items():  # experts of one tensor are solved one by one: the worst counts
+        if found := [report.figures[name] for report in reports if name in report.figures]:
+            row[name] = combine(found)
     if tensor.note:
         row["note"] = tensor.note
     return row

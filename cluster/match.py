@@ -9,92 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from raymerge.cluster.layers import (
-    find_stacks,
-    is_before_layers,
-    main_stacks,
-    split_layer,
-)
+from raymerge.cluster.matched import LoadedModel, MergedTensor, Operand, Statistic
+from raymerge.cluster.places import Place, places_by_slice
 from raymerge.cluster.recipe import LayerSlice, Module, Recipe, SourceUse
-from raymerge.cluster.settings import layer_position, resolve
+from raymerge.cluster.settings import resolve
 from raymerge.cluster.vocabulary import Vocabulary
-from raymerge.merge_actors.checkpoint.adapter import Adapter, LowRank
-from raymerge.merge_actors.checkpoint.folder import Checkpoint
-from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.methods.interface import Method, Settings, Value
 from raymerge.merge_actors.methods.regmean import check_rows
-from raymerge.merge_actors.task import RowRun
 from raymerge.stats.statistics_file import Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model of the campaign with its headers."""
-
-    key: str
-    """`ModelRef.key`: the name in messages and in random streams."""
-    checkpoint: Checkpoint
-    adapter: Adapter | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Statistic:
-    """A model's statistic for one tensor: the Gram matrix of its inputs, or its Fisher information."""
-
-    info: TensorInfo
-    """A packed triangle, or a tensor of the parameter's own shape."""
-    num_rows: int = 0
-    """Rows that a Gram matrix sums over."""
-    in_features: int = 0
-    is_transposed: bool = False
-    """Is the parameter stored (in, out)?"""
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One model's tensor as an input of a merge."""
-
-    model: str
-    """Key of the model."""
-    info: TensorInfo
-    low_rank: LowRank | None = None
-    row_runs: tuple[RowRun, ...] | None = None
-    statistic: Statistic | None = None
-    """What was measured about the model for this tensor, if the method uses it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedTensor:
-    """One tensor of the output and what it is made of."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    method: str
-    """Key of the registry, or "copy"."""
-    settings: Settings
-    base: Operand | None
-    models: tuple[Operand, ...]
-    """In canonical order where the method is symmetric."""
-    stream_names: tuple[str, ...]
-    """Names of the models' random streams; a model listed twice has two."""
-    note: str = ""
-    """Why it is not merged as the recipe says; empty if it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An output tensor before its inputs are looked up: the source's name per use."""
-
-    name: str
-    source_names: tuple[str, ...]
-    layer_t: float
-
 
 _COPY = Settings(models=({},))
 
@@ -123,7 +49,7 @@ def match(
     method = METHODS[recipe.merge_method]
     matcher = _Matcher(recipe, method, models, vocabulary, statistics or {})
     tensors: list[MergedTensor] = []
-    for module, layers, names in _by_slice(recipe, models):
+    for module, layers, names in places_by_slice(recipe, models):
         tensors += matcher.match_slice(module, layers, names)
     if not tensors:
         raise RecipeError(f"recipe {recipe.name} yields no tensor at all; check its modules and layer ranges")
@@ -145,7 +71,7 @@ class _Matcher:
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
         self._averages: dict[tuple[Value, ...], Settings] = {}
 
-    def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[_Place]) -> list[MergedTensor]:
+    def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[Place]) -> list[MergedTensor]:
         uses = layers.uses()
         order, streams = _canonical_order(layers.sources, self.method)
         found = []
@@ -181,15 +107,16 @@ class _Matcher:
     def _statistic(self, use: SourceUse, name: str) -> Statistic | None:
         """Return the statistic of one tensor, if the model's statistics hold one that can be used."""
         module = self.statistics[use.statistics].modules.get(name) if use.statistics else None
-        if module is None or module.kind == "experts":
+        if module is None:
             return None
-        return Statistic(module.tensor, sum(module.num_rows), module.in_features, module.kind == "conv1d")
+        is_transposed = module.kind == "conv1d" or module.experts_layout == "EIO"
+        return Statistic(module.tensor, module.num_rows, module.in_features, is_transposed)
 
     def _match_tensor(
         self,
         module: Module,
         layers: LayerSlice,
-        place: _Place,
+        place: Place,
         operands: list[Operand | None],
         order: Sequence[int],
         streams: Sequence[str],
@@ -237,14 +164,20 @@ class _Matcher:
             if operand.statistic is not None and model["weight"]
         ]
         alpha, force = float(settings.shared["alpha"] or 0), bool(settings.shared["force"])
-        rows = [statistic.num_rows for statistic in counted]
-        if check_rows(name, rows, counted[0].in_features, alpha, force):
-            self._note("fewer tokens than input features, which leaves some directions near the mean", name)
+        of_experts = list(zip(*(statistic.num_rows for statistic in counted), strict=True))
+        for expert, rows in enumerate(of_experts):
+            label = name if len(of_experts) == 1 else f"{name}[{expert}]"
+            if not any(rows):
+                self._note("experts that no token reached are averaged", label)
+            elif check_rows(label, rows, counted[0].in_features, alpha, force):
+                self._note(
+                    "fewer tokens than input features, which leaves some directions near the mean", label
+                )
 
     def _match_incomplete(
         self,
         layers: LayerSlice,
-        place: _Place,
+        place: Place,
         operands: Sequence[Operand | None],
         present: Sequence[Operand],
     ) -> MergedTensor | None:
@@ -380,129 +313,3 @@ def _output_shape(operand: Operand, vocabulary: Vocabulary | None) -> tuple[int,
     if operand.row_runs is not None and vocabulary is not None:
         return (vocabulary.num_rows, *operand.info.shape[1:])
     return operand.info.shape
-
-
-def _by_slice(
-    recipe: Recipe, models: Mapping[str, LoadedModel]
-) -> list[tuple[Module, LayerSlice, list[_Place]]]:
-    """Return the output tensors of every slice, named by the slice's first model."""
-    groups = []
-    claimed = [module.name for module in recipe.modules if module.name != "default"]
-    for module in recipe.modules:
-        next_layer = 0
-        for number, layers in enumerate(module.slices):
-            uses = layers.uses()
-            names = [_names_of(models[use.model.key], module.name, claimed, recipe) for use in uses]
-            if layers.num_layers is None:
-                places = _whole_places(recipe, names)
-            else:
-                stacks = main_stacks(names[0], models[uses[0].model.key].checkpoint.config)
-                _check_ranges(recipe, layers, models, stacks)
-                places = _range_places(recipe, layers, names, stacks, next_layer, number, len(module.slices))
-                next_layer += layers.num_layers
-            groups.append((module, layers, places))
-    return groups
-
-
-def _names_of(model: LoadedModel, module: str, claimed: Sequence[str], recipe: Recipe) -> list[str]:
-    """Return the names of a model's tensors that belong to a module, in file order."""
-    names = [*model.checkpoint.tensors]
-    if model.adapter:
-        names += [name for name in model.adapter.full if name not in model.checkpoint.tensors]
-    if not claimed:
-        return names
-    if module == "default":
-        return [name for name in names if not any(_is_in(name, other) for other in claimed)]
-    found = [name for name in names if _is_in(name, module)]
-    if not found:
-        parts = sorted({part for name in names for part in name.split(".")[:2]})
-        raise RecipeError(
-            f"recipe {recipe.name}: no tensor of model {model.key} belongs to module {module!r}; parts of the "
-            f"names there: {', '.join(parts[:12])}"
-        )
-    return found
-
-
-#: Names that recipes in the wild give to modules -> components of tensor names.
-_MODULE_PARTS = {"text_decoder": ("language_model", "text_model"), "multi_modal_projector": ("connector",)}
-
-
-def _is_in(name: str, module: str) -> bool:
-    wanted = {module, *_MODULE_PARTS.get(module, ())}
-    return any(part in wanted for part in name.split(".")) or name.startswith(f"{module}.")
-
-
-def _whole_places(recipe: Recipe, names: Sequence[Sequence[str]]) -> list[_Place]:
-    """Return a place for every tensor that any model has: the first model's order, then the rest."""
-    union = list(dict.fromkeys(name for of_model in names for name in of_model))
-    stacks = find_stacks(union)
-    places = []
-    for name in union:
-        layer = split_layer(name)
-        places.append(
-            _Place(
-                name,
-                tuple(name for _ in names),
-                layer_position(
-                    recipe,
-                    layer.layer if layer else None,
-                    stacks[layer.stack] if layer else 1,
-                    is_after_layers=not layer and not is_before_layers(name),
-                ),
-            )
-        )
-    return places
-
-
-def _range_places(
-    recipe: Recipe,
-    layers: LayerSlice,
-    names: Sequence[Sequence[str]],
-    stacks: Mapping[str, int],
-    first_layer: int,
-    slice_number: int,
-    num_slices: int,
-) -> list[_Place]:
-    """Return the places of one slice of layers, renumbered from `first_layer`.
-
-    Tensors before the layers come with the first slice, those after them with the last. What the
-    first model lacks comes after what it has.
-    """
-    uses = layers.uses()
-    ranges = [use.layer_range for use in uses]
-    assert all(each is not None for each in ranges)
-    begins = [each[0] for each in ranges if each is not None]
-    count = layers.num_layers or 0
-    places: dict[str, _Place] = {}
-    for own_begin, name in ((begin, name) for begin, of in zip(begins, names, strict=True) for name in of):
-        layer = split_layer(name)
-        if layer and layer.stack in stacks:
-            within = layer.layer - own_begin
-            new_name = layer.at(first_layer + within)
-            if 0 <= within < count and new_name not in places:
-                sources = tuple(layer.at(begin + within) for begin in begins)
-                places[new_name] = _Place(new_name, sources, layer_position(recipe, within, count))
-            continue
-        is_before = is_before_layers(name)
-        if slice_number == (0 if is_before else num_slices - 1) and name not in places:
-            place_t = layer_position(recipe, None, 1, is_after_layers=not is_before)
-            places[name] = _Place(name, tuple(name for _ in uses), place_t)
-    return [*places.values()]
-
-
-def _check_ranges(
-    recipe: Recipe, layers: LayerSlice, models: Mapping[str, LoadedModel], stacks: Mapping[str, int]
-) -> None:
-    if not stacks:
-        raise RecipeError(
-            f"recipe {recipe.name}: {layers.uses()[0].model.key} has no numbered layers for a range"
-        )
-    for use in layers.uses():
-        loaded = models[use.model.key]
-        own = main_stacks(loaded.checkpoint.tensors, loaded.checkpoint.config)
-        count = min(own.values(), default=0)
-        if use.layer_range and use.layer_range[1] > count:
-            raise RecipeError(
-                f"{recipe.origin.file or recipe.name}: {use.where}.layer_range is {list(use.layer_range)}, but "
-                f"{use.model.key} has {count} layers; ranges are [begin, end) with end at most {count}"
-            )

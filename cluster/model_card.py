@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from raymerge.cluster.match import MergedTensor
+from raymerge.cluster.matched import MergedTensor
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.vocabulary import Vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raymerge.cluster.match import MergedTensor
+from raymerge.cluster.matched import MergedTensor
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.prepare import model_wide_steps, steps_of

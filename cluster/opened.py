@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from raymerge.cluster.match import LoadedModel
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.recipe import Recipe
 from raymerge.merge_actors.checkpoint.adapter import Adapter, open_adapter

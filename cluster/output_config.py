@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raymerge.cluster.layers import num_layers_of, set_num_layers
-from raymerge.cluster.match import LoadedModel, MergedTensor
+from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.recipe import LayerSlice, Recipe
 from raymerge.cluster.tokenizer_tokens import read_token_ids
 from raymerge.cluster.vocabulary import Vocabulary

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from raymerge.cluster.chat_template import choose_template, write_template
-from raymerge.cluster.match import LoadedModel, MergedTensor
+from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.model_card import make_model_card
 from raymerge.cluster.output_config import make_config, remap_tokens, token_remap
 from raymerge.cluster.recipe import Recipe

@@ -17,8 +17,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from raymerge.cluster.match import MergedTensor, Operand, Statistic
+from raymerge.cluster.matched import MergedTensor
 from raymerge.cluster.model_wide import measured_together
+from raymerge.cluster.plan_buffers import buffer_bytes
+from raymerge.cluster.plan_reads import disk_place, group_by_input, reads_of
+from raymerge.cluster.plan_solves import plan_solves
 from raymerge.cluster.recipe import Recipe
 from raymerge.merge_actors.checkpoint.layout import Layout
 from raymerge.merge_actors.dtypes import element_bytes
@@ -27,21 +30,15 @@ from raymerge.merge_actors.methods.block import unit_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.prepare import needs_preparation
 from raymerge.merge_actors.methods.slices import split_of
-from raymerge.merge_actors.outputs import BATCH_BYTES
 from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import (
-    GramRead,
     Job,
-    LowRankRead,
     MergeTask,
     Piece,
     Read,
-    SolveJob,
     SolveTask,
 )
 
-#: Greatest number of bytes per pair of input features while a Gram is factorised in float64.
-_SOLVE_BYTES_A_PAIR = 20
 #: (recipe number, tensor): one output tensor of the campaign.
 OutputKey = tuple[int, str]
 
@@ -109,7 +106,7 @@ class Plan:
     @property
     def largest_task_bytes(self) -> int:
         """Bytes of buffers, inputs and outputs, that the largest task needs."""
-        return max((_buffer_bytes(task) for task in self.tasks), default=0)
+        return max((buffer_bytes(task) for task in self.tasks), default=0)
 
 
 def make_plan(recipes: Sequence[RecipePlan], *, slice_bytes: int) -> Plan:
@@ -137,8 +134,9 @@ class _Planner:
     def plan(self) -> Plan:
         for number, recipe in enumerate(self.recipes):
             self._plan_model_wide(number, recipe)
-        groups = _group(self.recipes)  # what is solved for stands apart, in `_solves`
-        groups.sort(key=lambda group: _disk_place(self._tensor(group[0])))
+        tensors = [recipe.tensors for recipe in self.recipes]
+        groups = group_by_input(tensors)  # what is solved for stands apart, in `plan_solves`
+        groups.sort(key=lambda group: disk_place(self._tensor(group[0])))
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for group in groups:
             pieces += self._cut(group)
@@ -146,39 +144,12 @@ class _Planner:
             recipes=tuple(self.recipes),
             settings=tuple(self.settings),
             states=tuple(self.states),
-            tasks=self._numbered([*self._pack(pieces), *self._solves()]),
+            tasks=self._numbered([*self._pack(pieces), *plan_solves(tensors, self._places, self._intern)]),
             slice_bytes=self.slice_bytes,
         )
 
     def _numbered(self, tasks: Sequence[MergeTask | SolveTask]) -> tuple[MergeTask | SolveTask, ...]:
         return tuple(dataclasses.replace(task, number=number) for number, task in enumerate(tasks))
-
-    def _solves(self) -> list[SolveTask]:
-        """Return one task for the matrices of a recipe that share one input and one setting."""
-        groups: dict[tuple[int, int, tuple[GramRead, ...]], list[SolveJob]] = {}
-        for number, recipe in enumerate(self.recipes):
-            for tensor in recipe.tensors:
-                if not is_solved_for(tensor):
-                    continue
-                file, offset = self._places[number][tensor.name]
-                key = (number, self._intern(tensor), tuple(_gram_read(operand) for operand in tensor.models))
-                groups.setdefault(key, []).append(
-                    SolveJob(
-                        tensor=tensor.name,
-                        shape=(tensor.shape[0], tensor.shape[1]),
-                        reads=tuple(_read_of(operand) for operand in tensor.models),
-                        is_transposed=any(
-                            o.statistic is not None and o.statistic.is_transposed for o in tensor.models
-                        ),
-                        file=file,
-                        offset=offset,
-                        dtype=tensor.dtype,
-                    )
-                )
-        return [
-            SolveTask(number=0, recipe=number, settings=setting, grams=grams, jobs=tuple(jobs))
-            for (number, setting, grams), jobs in groups.items()
-        ]
 
     def _tensor(self, key: tuple[int, int]) -> MergedTensor:
         return self.recipes[key[0]].tensors[key[1]]
@@ -186,7 +157,7 @@ class _Planner:
     def _cut(self, group: Sequence[tuple[int, int]]) -> list[tuple[Piece, tuple[int, ...]]]:
         """Cut a group into pieces; returns each with the states that it waits for."""
         members = [(recipe, self._tensor((recipe, index))) for recipe, index in group]
-        reads, places = _reads_of([tensor for _, tensor in members])
+        reads, places = reads_of([tensor for _, tensor in members])
         shape = members[0][1].shape
         total = math.prod(shape)
         step = self._step(members, reads, total)
@@ -255,7 +226,7 @@ class _Planner:
         setting, total = -1, 0
         for tensor in measured_together(recipe.recipe.name, recipe.tensors):
             setting = self._intern(tensor)
-            reads, _ = _reads_of([tensor])
+            reads, _ = reads_of([tensor])
             elements = math.prod(tensor.shape)
             pieces += self._measure_pieces(
                 number, tensor, setting, self._step([(number, tensor)], reads, elements)
@@ -276,7 +247,7 @@ class _Planner:
     def _measure_pieces(
         self, number: int, tensor: MergedTensor, setting: int, step: int
     ) -> tuple[Piece, ...]:
-        reads, places = _reads_of([tensor])
+        reads, places = reads_of([tensor])
         job = self._job(number, tensor, setting, places, None)
         total = math.prod(tensor.shape)
         return tuple(
@@ -320,130 +291,6 @@ class _Planner:
             filled += amount
         if packed:
             yield MergeTask(number=number, pieces=tuple(packed), states=tuple(sorted(waits)))
-
-
-def _buffer_bytes(task: MergeTask | SolveTask) -> int:
-    """Return the bytes that a task holds: its inputs and a batch of outputs, or a solve's matrices."""
-    if isinstance(task, MergeTask):
-        # The sum is enough for a bound, and cheap for a plan of 45,000 tensors.
-        largest = max(
-            piece.num_elements * element_bytes(job.dtype) for piece in task.pieces for job in piece.jobs
-        )
-        return task.read_bytes + min(task.write_bytes, max(BATCH_BYTES, largest))
-    in_features = task.grams[0].in_features
-    weights = sum(8 * job.num_elements for job in task.jobs)
-    return _SOLVE_BYTES_A_PAIR * in_features**2 + weights * (len(task.grams) + 1)
-
-
-def is_solved_for(tensor: MergedTensor) -> bool:
-    """Return whether a tensor is a matrix that its method solves for, from Gram matrices."""
-    return (
-        tensor.method in METHODS
-        and METHODS[tensor.method].kind == "solve"
-        and all(operand.statistic is not None for operand in tensor.models)
-    )
-
-
-def _gram_read(operand: Operand) -> GramRead:
-    statistic = operand.statistic
-    assert statistic is not None
-    return GramRead(
-        model=operand.model,
-        tensor=statistic.info.name,
-        file=statistic.info.file,
-        offset=statistic.info.begin,
-        in_features=statistic.in_features,
-        num_rows=statistic.num_rows,
-    )
-
-
-def _group(recipes: Sequence[RecipePlan]) -> list[list[tuple[int, int]]]:
-    """Group output tensors that read a common input tensor and have one shape (union-find)."""
-    parent: dict[tuple[int, int], tuple[int, int]] = {}
-    by_input: dict[tuple[object, ...], tuple[int, int]] = {}
-
-    def root(key: tuple[int, int]) -> tuple[int, int]:
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    for number, recipe in enumerate(recipes):
-        for index, tensor in enumerate(recipe.tensors):
-            if is_solved_for(tensor):
-                continue
-            key = (number, index)
-            parent[key] = key
-            filled_from = _filled_from(tensor)
-            for operand in _operands(tensor):
-                place = (operand.info.file, operand.info.begin)
-                input_key = (*place, tensor.shape, tensor.method == "copy", filled_from)
-                parent[root(by_input.setdefault(input_key, key))] = root(key)
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for key in parent:
-        groups.setdefault(root(key), []).append(key)
-    return [sorted(group) for group in groups.values()]
-
-
-def _operands(tensor: MergedTensor) -> tuple[Operand, ...]:
-    return tensor.models if tensor.base is None else (tensor.base, *tensor.models)
-
-
-def _filled_from(tensor: MergedTensor) -> object:
-    """Return what decides the rows that a model lacks: only tensors that agree in it share their reads."""
-    operands = _operands(tensor)
-    if all(operand.row_runs is None for operand in operands):
-        return None
-    rows = frozenset((each.info.file, each.info.begin, each.row_runs) for each in operands)
-    return rows, tensor.base and (tensor.base.info.file, tensor.base.info.begin)
-
-
-def _disk_place(tensor: MergedTensor) -> tuple[str, int]:
-    info = _operands(tensor)[0].info
-    return info.file, info.begin
-
-
-def _reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[int, int]]:
-    """Return the distinct reads of some tensors, and per operand (by identity) its read."""
-    numbers: dict[Read, int] = {}
-    places: dict[int, int] = {}
-    for tensor in tensors:
-        for operand in _operands(tensor):
-            places[id(operand)] = numbers.setdefault(_read_of(operand), len(numbers))
-            if operand.statistic is not None:
-                read = _statistic_read(operand, operand.statistic)
-                places[id(operand.statistic)] = numbers.setdefault(read, len(numbers))
-    return tuple(numbers), places
-
-
-def _statistic_read(operand: Operand, statistic: Statistic) -> Read:
-    info = statistic.info
-    return Read(model=operand.model, tensor=info.name, file=info.file, offset=info.begin, dtype=info.dtype)
-
-
-def _read_of(operand: Operand) -> Read:
-    info, update = operand.info, operand.low_rank
-    return Read(
-        model=operand.model,
-        tensor=info.name,
-        file=info.file,
-        offset=info.begin,
-        dtype=info.dtype,
-        row_runs=operand.row_runs,
-        low_rank=None
-        if update is None
-        else LowRankRead(
-            a_file=update.a.file,
-            a_offset=update.a.begin,
-            b_file=update.b.file,
-            b_offset=update.b.begin,
-            dtype=update.a.dtype,
-            rank=update.rank,
-            scale=update.scale,
-            is_transposed=update.is_transposed,
-            num_rows=None if operand.row_runs is None else info.shape[0],
-        ),
-    )
 
 
 def _output_places(plan: RecipePlan) -> Mapping[str, tuple[str, int]]:

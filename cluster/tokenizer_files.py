@@ -27,7 +27,7 @@ from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.merge_actors.errors import OutputError
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 #: What holds the tokens, besides tokenizer.json.
 _TOKEN_FILES = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "added_tokens.json", "tekken.json")

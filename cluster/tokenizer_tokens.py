@@ -16,7 +16,7 @@ from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.merge_actors.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -28,7 +28,7 @@ from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.task import ForeignRows, RowRun
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.task import RowRun
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 #: Embeddings, output layers and their biases, as architectures name them, outside the layers ...
 _VOCABULARY_TENSOR = re.compile(

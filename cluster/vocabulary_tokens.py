@@ -21,7 +21,7 @@ from raymerge.cluster.vocabulary_rows import BorrowedRow, ModelRows, coalesce, r
 from raymerge.merge_actors.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from raymerge.cluster.match import LoadedModel
+    from raymerge.cluster.matched import LoadedModel
 
 #: A model that has fewer of its tokens in the output is remarked upon.
 _FEW_FRACTION = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
-from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
+from raymerge.merge_actors.checksum import piece_checksum
 from raymerge.merge_actors.errors import NotFiniteError
 from raymerge.merge_actors.files import Files
 from raymerge.merge_actors.inputs import read_pieces
@@ -35,12 +35,12 @@ class Solving:
         grams = _GramsOnDisk(self.task.grams, self.files, self.device)
         factor = GramSums(grams, weights, str(shared["normalize"])).factor(alpha)
         self._factor = factor.report
-        merged: dict[str, torch.Tensor] = {}
+        merged: dict[tuple[str, int], torch.Tensor] = {}
         for is_transposed in sorted({job.is_transposed for job in self.task.jobs}):
             jobs = [job for job in self.task.jobs if job.is_transposed == is_transposed]
             found = factor.merge([self._weights(job) for job in jobs], is_transposed=is_transposed)
-            merged |= {job.tensor: matrix for job, matrix in zip(jobs, found, strict=True)}
-        return [merged[job.tensor] for job in self.task.jobs]
+            merged |= {(job.tensor, job.first_byte): matrix for job, matrix in zip(jobs, found, strict=True)}
+        return [merged[job.tensor, job.first_byte] for job in self.task.jobs]
 
     def report(self, job: SolveJob, matrix: torch.Tensor, data: memoryview) -> PieceReport:
         """Return what came out of a job, `data` being the bytes that were written."""
@@ -48,7 +48,7 @@ class Solving:
         return PieceReport(
             recipe=self.task.recipe,
             tensor=job.tensor,
-            checksum=piece_checksum(data, 0, checksum_chunk_bytes(job.shape, job.dtype)),
+            checksum=piece_checksum(data, job.first_byte, job.chunk_bytes),
             sum_squares=float(matrix.double().square().sum()),
             num_nonfinite=count_nonfinite(matrix.reshape(-1)),
             figures={

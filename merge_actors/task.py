@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods.interface import Settings, Summary
@@ -71,6 +71,13 @@ class Read:
     row_runs: tuple[RowRun, ...] | None = None
     """For a vocabulary that differs: which rows of the file make the rows of the tensor;
     rows in no run are filled from the base, else from the mean of the models that have them."""
+
+    def shifted(self, num_elements: int) -> Read:
+        """Return the read of a part that begins so many elements after the tensor's first."""
+        if not num_elements:
+            return self
+        assert self.low_rank is None and self.row_runs is None, self.tensor
+        return replace(self, offset=self.offset + num_elements * element_bytes(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +173,7 @@ class GramRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveJob:
-    """One matrix to solve for; all of its rows are made by one task."""
+    """One matrix to solve for, a tensor or an expert's part of one; all of its rows are made by one task."""
 
     tensor: str
     shape: tuple[int, int]
@@ -176,8 +183,12 @@ class SolveJob:
     """Stored (in, out), as GPT-2's Conv1D."""
     file: str
     offset: int
-    """Offset in the output file of the tensor's first element."""
+    """Offset in the output file of the matrix's first element."""
     dtype: str
+    first_byte: int
+    """Offset of the matrix in its tensor: a multiple of `chunk_bytes`."""
+    chunk_bytes: int
+    """Chunk length of the tensor's checksum."""
 
     @property
     def num_elements(self) -> int:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from raymerge.cli.main import main
 from raymerge.cluster.compare import read_vocabulary
 from raymerge.cluster.inspect import Inspection, inspect, quick_check, sampled_remarks
-from raymerge.cluster.match import LoadedModel
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.measure import measure, select_tensors, spread_strips
 from raymerge.cluster.recipe import load_recipes
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymerge.cluster.match import LoadedModel, match
+from raymerge.cluster.match import match
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import load_recipes
 from raymerge.merge_actors.checkpoint.folder import Checkpoint

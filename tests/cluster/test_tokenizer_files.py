@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raymerge.cluster.match import LoadedModel
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.tokenizer_files import write_tokenizer
 from raymerge.cluster.tokenizer_tokens import read_token_ids
 from raymerge.cluster.vocabulary import Vocabulary

@@ -339,7 +339,7 @@ def test_coalesce() -> None:
 class TestAdapters:
     def _with_adapter(self, folder: Path, num_rows: int) -> Any:
         """Return a model whose adapter brings an embedding of its own, and a tokenizer for it."""
-        from raymerge.cluster.match import LoadedModel
+        from raymerge.cluster.matched import LoadedModel
         from raymerge.merge_actors.checkpoint.adapter import Adapter
         from raymerge.merge_actors.checkpoint.folder import open_checkpoint
         from raymerge.merge_actors.checkpoint.header import TensorInfo

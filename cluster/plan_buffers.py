@@ -1,0 +1,23 @@
+"""What a task holds in memory, at most."""
+
+from __future__ import annotations
+
+from raymerge.merge_actors.dtypes import element_bytes
+from raymerge.merge_actors.outputs import BATCH_BYTES
+from raymerge.merge_actors.task import MergeTask, SolveTask
+
+#: Greatest number of bytes per pair of input features while a Gram is factorised in float64.
+_SOLVE_BYTES_A_PAIR = 20
+
+
+def buffer_bytes(task: MergeTask | SolveTask) -> int:
+    """Return the bytes that a task holds: its inputs and a batch of outputs, or a solve's matrices."""
+    if isinstance(task, MergeTask):
+        # The sum is enough for a bound, and cheap for a plan of 45,000 tensors.
+        largest = max(
+            piece.num_elements * element_bytes(job.dtype) for piece in task.pieces for job in piece.jobs
+        )
+        return task.read_bytes + min(task.write_bytes, max(BATCH_BYTES, largest))
+    in_features = task.grams[0].in_features
+    weights = sum(8 * job.num_elements for job in task.jobs)
+    return _SOLVE_BYTES_A_PAIR * in_features**2 + weights * (len(task.grams) + 1)

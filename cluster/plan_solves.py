@@ -1,0 +1,86 @@
+"""Plan the matrices that are solved for: one task for those that share their inputs' Gram matrices.
+
+Of experts that are fused in one tensor every expert is a matrix of its own, with a Gram of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from raymerge.cluster.matched import MergedTensor, Operand
+from raymerge.cluster.plan_reads import is_solved_for, read_of
+from raymerge.merge_actors.checksum import checksum_chunk_bytes
+from raymerge.merge_actors.dtypes import element_bytes
+from raymerge.merge_actors.methods.gram_matrix import triangle_elements
+from raymerge.merge_actors.task import GramRead, SolveJob, SolveTask
+
+#: (recipe number, index of the settings, a Gram per model): what the matrices of a task share.
+_Shared = tuple[int, int, tuple[GramRead, ...]]
+_GRAM_BYTES = element_bytes("F32")
+
+
+def plan_solves(
+    recipes: Sequence[Sequence[MergedTensor]],
+    places: Sequence[Mapping[str, tuple[str, int]]],
+    settings_of: Callable[[MergedTensor], int],
+) -> list[SolveTask]:
+    """Return one task for the matrices of a recipe that share one input and one setting.
+
+    Args:
+        recipes: the tensors of each recipe.
+        places: of each recipe, by tensor: output file, and first byte in it.
+        settings_of: gives the index of a tensor's settings.
+    """
+    groups: dict[_Shared, list[SolveJob]] = {}
+    for number, tensors in enumerate(recipes):
+        for tensor in tensors:
+            if is_solved_for(tensor):
+                for grams, job in _jobs(tensor, *places[number][tensor.name]):
+                    groups.setdefault((number, settings_of(tensor), grams), []).append(job)
+    return [
+        SolveTask(number=0, recipe=number, settings=setting, grams=grams, jobs=tuple(jobs))
+        for (number, setting, grams), jobs in groups.items()
+    ]
+
+
+def chunk_bytes_of(tensor: MergedTensor) -> int:
+    """Return the chunk length of an output tensor's checksum: pieces of it are whole chunks."""
+    if is_solved_for(tensor) and len(tensor.shape) > 2:
+        return math.prod(tensor.shape[1:]) * element_bytes(tensor.dtype)
+    return checksum_chunk_bytes(tensor.shape, tensor.dtype)
+
+
+def _jobs(tensor: MergedTensor, file: str, offset: int) -> Iterator[tuple[tuple[GramRead, ...], SolveJob]]:
+    """Yield every matrix of a tensor with its Grams: one, or one per expert."""
+    first, second = tensor.shape[-2:]
+    reads = [read_of(operand) for operand in tensor.models]
+    is_transposed = any(each.statistic is not None and each.statistic.is_transposed for each in tensor.models)
+    for expert in range(math.prod(tensor.shape[:-2])):
+        begin = expert * first * second
+        job = SolveJob(
+            tensor=tensor.name,
+            shape=(first, second),
+            reads=tuple(read.shifted(begin) for read in reads),
+            is_transposed=is_transposed,
+            file=file,
+            offset=offset + begin * element_bytes(tensor.dtype),
+            dtype=tensor.dtype,
+            first_byte=begin * element_bytes(tensor.dtype),
+            chunk_bytes=chunk_bytes_of(tensor),
+        )
+        yield tuple(_gram_read(operand, expert) for operand in tensor.models), job
+
+
+def _gram_read(operand: Operand, expert: int) -> GramRead:
+    statistic = operand.statistic
+    assert statistic is not None
+    skipped_bytes = expert * triangle_elements(statistic.in_features) * _GRAM_BYTES
+    return GramRead(
+        model=operand.model,
+        tensor=statistic.info.name if len(statistic.num_rows) == 1 else f"{statistic.info.name}[{expert}]",
+        file=statistic.info.file,
+        offset=statistic.info.begin + skipped_bytes,
+        in_features=statistic.in_features,
+        num_rows=statistic.num_rows[expert],
+    )
