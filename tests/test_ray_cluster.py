@@ -1,58 +1,119 @@
-"""The shipped cluster file is one that Ray takes, and says what the documentation says."""
+"""The shipped cluster files are ones that Ray takes, and say what the documentation says."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ["ray_cluster.yaml", *(f"deploy/{name}.yaml" for name in ("on_premise", "gcp", "azure"))]
+KUBERNETES = ["deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml"]
+
+
+def _load(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def _pins() -> str:
+    return (ROOT / "requirements" / "constraints.txt").read_text()
+
+
+def _ray_pin() -> str:
+    found = re.search(r"^ray==(\S+)", _pins(), re.M)
+    assert found
+    return found[1]
 
 
 @pytest.fixture(scope="module")
-def config() -> dict:
-    return yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-
-
-def test_ray_accepts_the_file(config):
-    import jsonschema
+def schema() -> dict:
     import ray.autoscaler
+
+    return json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_accepts_the_file(name, schema):
+    import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    config = _load(name)
     jsonschema.validate(config, schema)
     validate_config(prepare_config(copy.deepcopy(config)))
 
 
-def test_a_misspelt_key_is_refused(config):
+def test_a_misspelt_key_is_refused(schema):
     import jsonschema
-    import ray.autoscaler
 
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
-        jsonschema.validate({**config, "max_worker": 3}, schema)
+        jsonschema.validate({**_load(FILES[0]), "max_worker": 3}, schema)
 
 
-def test_the_start_commands_are_safe_and_complete(config):
+@pytest.mark.parametrize("name", FILES)
+def test_the_start_commands_are_safe_and_complete(name):
+    config = _load(name)
     head = " ".join(config["head_start_ray_commands"])
     worker = " ".join(config["worker_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
+    assert "--num-cpus=0" in head
     assert "--autoscaling-config=" in head
     assert "$RAY_HEAD_IP" in worker
+    options = " ".join(config.get("docker", {}).get("run_options", []))
     for commands in (head, worker):
-        assert "RAY_AUTH_MODE=token" in commands
+        assert "RAY_AUTH_MODE=token" in commands + options
         assert "ulimit -n 65536" in commands
 
 
-def test_the_pins_are_the_projects(config):
-    import re
-
+@pytest.mark.parametrize("name", FILES)
+def test_the_nodes_get_this_clone_at_its_pins_and_the_token(name):
+    config = _load(name)
+    mounts = config["file_mounts"]
+    assert "~/.ray/auth_token" in mounts.values()
+    source = next(there for there, here in mounts.items() if here == ".")
     setup = " ".join(config["setup_commands"])
+    assert f"-c {source}/requirements/constraints.txt {source}" in setup
+    assert "chmod 600" in setup
+    assert (ROOT / "requirements" / "constraints.txt").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "on_premise" not in name])
+def test_clouds_scale_gpu_workers_beside_a_head_that_does_no_work(name):
+    config = _load(name)
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    gpu = config["available_node_types"]["gpu"]
+    assert gpu["resources"]["GPU"] >= 1
+    assert gpu["min_workers"] < gpu["max_workers"] <= config["max_workers"]
+    options = " ".join(config["docker"]["run_options"])
+    assert "--shm-size=" in options and "nofile=65536" in options
+    for image in (config["docker"]["head_image"], config["docker"]["worker_image"]):
+        assert f":{_ray_pin()}-" in image
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_the_kubernetes_files_have_the_operators_shape(name):
+    document = _load(name)
+    assert document["apiVersion"] == "ray.io/v1"
+    cluster = document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == _ray_pin()
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert (
+        worker["resources"]["limits"]["nvidia.com/gpu"] == worker["resources"]["requests"]["nvidia.com/gpu"]
+    )
+    volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in worker["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert version and f"raymerge=={version[1]}" in setup
-    pins = "\n".join(path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
-    ray_pin = re.search(r"^ray(?:\[default\])?==(\S+)", pins, re.M)
-    assert ray_pin and f"ray[default]=={ray_pin[1]}" in setup
+    assert version and worker["image"].endswith(f":{version[1]}")
+
+
+def test_the_image_has_the_pinned_ray():
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert f"rayproject/ray:{_ray_pin()}-" in text
