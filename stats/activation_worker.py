@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.stats.describe_model import describe
-from raymerge.stats.exchange import Exchange, NoExchange
+from raymerge.stats.exchange import Exchange, Members, NoExchange
 from raymerge.stats.fisher_accumulator import FisherAccumulator, check_estimator
 from raymerge.stats.gram_accumulator import GramAccumulator
-from raymerge.stats.gram_pass import accumulate_grams
+from raymerge.stats.gram_pass import accumulate_grams, span_of
 from raymerge.stats.input_capture import NeedsSeparation
 from raymerge.stats.layer_groups import LayerGroup, in_group
 from raymerge.stats.linear_maps import block_of
@@ -74,12 +74,12 @@ class ActivationWorker:
             with torch.no_grad():
                 if self.job.kind == "fisher":
                     return self._accumulate_fisher(measured, group, shards)
-                report, self._sums = accumulate_grams(measured, group, shards, settings)
+                report, self._sums = accumulate_grams(measured, span_of(measured, group), shards, settings)
                 return report
         except NeedsSeparation as found:
-            return GroupReport(group=group, needs_separate=found.parameters)
+            return GroupReport(needs_separate=found.parameters)
         except NeedsBatching as found:
-            return GroupReport(group=group, needs_batching=found.batching)
+            return GroupReport(needs_batching=found.batching)
 
     def write(self, entries: Sequence[Entry], file: str, num_examples: int) -> str | None:
         """Complete statistics with the other workers and write those that this worker owns.
@@ -113,20 +113,15 @@ class ActivationWorker:
         """Reduce every entry in order and yield the values of those that are owned."""
         sums = self._sums
         assert sums is not None
+        if isinstance(sums, GramAccumulator):
+            yield from gram_totals(sums, entries, self.rank, self.exchange)
+            return
         for entry in entries:
-            if isinstance(sums, FisherAccumulator):
-                total = sums.total(entry.parameter)
-                self.exchange.reduce(total, entry.owner)
-                if entry.owner == self.rank:
-                    yield from self._fisher_tensors(entry, total / num_examples)
-                sums.forget(entry.parameter)
-                continue
-            for part in entry.parts:
-                total = sums.total((entry.parameter, part), entry.in_features)
-                self.exchange.reduce(total, entry.owner)
-                if entry.owner == self.rank:
-                    yield total
-                sums.forget((entry.parameter, part))
+            total = sums.total(entry.parameter)
+            self.exchange.reduce(total, entry.owner)
+            if entry.owner == self.rank:
+                yield from self._fisher_tensors(entry, total / num_examples)
+            sums.forget(entry.parameter)
 
     def _fisher_tensors(self, entry: Entry, mean: torch.Tensor) -> Iterator[torch.Tensor]:
         """Give a parameter's Fisher the form of the checkpoint's tensors."""
@@ -170,12 +165,28 @@ class ActivationWorker:
         measured.model.requires_grad_(False)
         self._sums = fisher
         return GroupReport(
-            group=group,
             num_tokens=num_tokens,
             num_examples=num_examples,
             num_truncated=measured.data.num_truncated,
             forward_seconds=time.perf_counter() - begin,
         )
+
+
+def gram_totals(
+    sums: GramAccumulator,
+    entries: Sequence[Entry],
+    rank: int,
+    exchange: Exchange,
+    members: Members | None = None,
+) -> Iterator[torch.Tensor]:
+    """Reduce Grams in order, and yield those that a worker owns, each before the next is summed."""
+    for entry in entries:
+        for part in entry.parts:
+            total = sums.total((entry.parameter, part), entry.in_features)
+            exchange.reduce(total, entry.owner, members)
+            if entry.owner == rank:
+                yield total
+            sums.forget((entry.parameter, part))
 
 
 def _take(values: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]:

@@ -74,6 +74,7 @@ class BlockPass:
         from_cache: bool,
         forms: Mapping[str, Form],
         keep: Collection[int],
+        stops_before: bool = False,
     ) -> None:
         """Set the model up.
 
@@ -85,6 +86,7 @@ class BlockPass:
             from_cache: replace the blocks before `begin`.
             forms: of the stacks whose blocks are replaced.
             keep: blocks whose outputs are wanted in `outputs`.
+            stops_before: stop when block `end` is called, not as soon as the one before it is done.
         """
         self.outputs: dict[int, torch.Tensor] = {}
         """Hidden states after the kept blocks, of the last batch."""
@@ -101,10 +103,13 @@ class BlockPass:
             if from_cache and i < begin:
                 self._replace(module, i, stack_of(name), is_first=is_first, is_needed=i in needed)
                 continue
-            if is_first or i in keep or i + 1 == end:
+            is_end = i + 1 == end and not stops_before
+            if is_first or i in keep or is_end:
                 self._handles.append(
-                    module.register_forward_hook(self._after(i, name, is_first, i in keep, i + 1 == end))
+                    module.register_forward_hook(self._after(i, name, is_first, i in keep, is_end))
                 )
+            if stops_before and i == end:
+                self._handles.append(module.register_forward_pre_hook(_stop))
         if end is None and hasattr(model, "get_output_embeddings"):
             output = model.get_output_embeddings()
             if output is not None:  # its own input has been seen; logits are large and not wanted

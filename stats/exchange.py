@@ -1,8 +1,7 @@
 """Add up a statistic over the workers of a group, at the worker that owns it.
 
-Phases: every worker calls `reduce` for the same statistics in the same order; each hands over its
-sum; the owner is left with the total, the others with nothing of use. With one worker
-nothing is exchanged.
+Phases: every member calls `reduce` for the same statistics in the same order; each hands over its
+sum; the owner is left with the total, the others with nothing of use. A single member exchanges nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+#: Ranks of the workers that sum the same statistics, ascending.
+Members = tuple[int, ...]
+
 
 class Exchange(Protocol):
     """One worker's end of the exchange."""
 
-    def reduce(self, total: torch.Tensor, owner: int) -> None:
-        """Add all workers' sums into the owner's `total`, in place."""
+    def reduce(self, total: torch.Tensor, owner: int, members: Members | None = None) -> None:
+        """Add the members' sums (all workers' by default) into the owner's `total`, in place."""
 
     def close(self) -> None:
         """Let go; workers that wait for this one get an error."""
@@ -27,7 +29,7 @@ class Exchange(Protocol):
 class NoExchange:
     """The exchange of a single worker."""
 
-    def reduce(self, total: torch.Tensor, owner: int) -> None:
+    def reduce(self, total: torch.Tensor, owner: int, members: Members | None = None) -> None:
         """Leave the total as it is."""
 
     def close(self) -> None:
@@ -39,7 +41,26 @@ class ThreadMeeting:
 
     def __init__(self, num_workers: int) -> None:
         self.slots: list[torch.Tensor | None] = [None] * num_workers
-        self.barrier = threading.Barrier(num_workers)
+        self.everyone: Members = tuple(range(num_workers))
+        self._barriers: dict[Members, threading.Barrier] = {}
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    def barrier(self, members: Members) -> threading.Barrier:
+        """Return where some of the workers wait for each other."""
+        with self._lock:
+            if members not in self._barriers:
+                self._barriers[members] = threading.Barrier(len(members))
+                if self._is_over:
+                    self._barriers[members].abort()
+            return self._barriers[members]
+
+    def abort(self) -> None:
+        """Give an error to all who wait, now or later."""
+        with self._lock:
+            self._is_over = True
+            for barrier in self._barriers.values():
+                barrier.abort()
 
 
 class ThreadExchange:
@@ -48,22 +69,26 @@ class ThreadExchange:
     def __init__(self, meeting: ThreadMeeting, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
 
-    def reduce(self, total: torch.Tensor, owner: int) -> None:
+    def reduce(self, total: torch.Tensor, owner: int, members: Members | None = None) -> None:
         """Let the owner add the others' sums in the order of the workers."""
-        slots = self._meeting.slots
+        members = self._meeting.everyone if members is None else members
+        if len(members) == 1:
+            return
+        slots, barrier = self._meeting.slots, self._meeting.barrier(members)
         slots[self._rank] = total
-        self._meeting.barrier.wait()
+        barrier.wait()
         if self._rank == owner:
-            for rank, other in enumerate(slots):
+            for rank in members:
+                other = slots[rank]
                 if rank != owner:
                     assert other is not None
                     total.add_(other)
-        self._meeting.barrier.wait()
+        barrier.wait()
         slots[self._rank] = None
 
     def close(self) -> None:
         """Wake whoever waits."""
-        self._meeting.barrier.abort()
+        self._meeting.abort()
 
 
 class TorchExchange:
@@ -73,14 +98,25 @@ class TorchExchange:
         """Join the group; returns when all have."""
         import torch.distributed
 
+        if torch.distributed.is_initialized():  # of an earlier run in this process
+            torch.distributed.destroy_process_group()
         backend = "nccl" if device.startswith("cuda") else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=num_workers)
+        self._subgroups: dict[Members, Any] = {tuple(range(num_workers)): None}
 
-    def reduce(self, total: torch.Tensor, owner: int) -> None:
+    def reduce(self, total: torch.Tensor, owner: int, members: Members | None = None) -> None:
         """Send the sum towards the owner; it crosses the network once."""
         import torch.distributed
 
-        torch.distributed.reduce(total, dst=owner)
+        if members is not None and len(members) == 1:
+            return
+        if members is not None and members not in self._subgroups:
+            # Only the members meet: the other workers are busy with statistics of their own.
+            self._subgroups[members] = torch.distributed.new_group(
+                list(members), use_local_synchronization=True
+            )
+        group = None if members is None else self._subgroups[members]
+        torch.distributed.reduce(total, dst=owner, group=group)
 
     def close(self) -> None:
         """Leave the group."""

@@ -1,6 +1,6 @@
-"""One pass over a worker's shards that sums the Grams of a layer group.
+"""One pass over a worker's shards that sums the Grams of some linear maps.
 
-Between groups hidden states lie on disk, one file per block and shard, so that a later group (of
+Between passes hidden states lie on disk, one file per block and shard, so that a later pass (of
 this worker or another) begins there.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.errors import NotFiniteError
@@ -17,6 +18,7 @@ from raymerge.stats.boundary_files import read_boundary, write_boundary
 from raymerge.stats.gram_accumulator import GramAccumulator, synchronize
 from raymerge.stats.input_capture import InputCapture, Key
 from raymerge.stats.layer_groups import LayerGroup, in_group
+from raymerge.stats.linear_maps import LinearMap
 from raymerge.stats.measure_job import GroupReport, PassSettings
 from raymerge.stats.measured_model import MeasuredModel
 
@@ -24,17 +26,44 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """What one pass runs, measures and keeps."""
+
+    begin: int
+    """First block that runs; if it is not 0, from the hidden states that were kept before it."""
+    end: int | None
+    """Stop after block end - 1; None to run to the model's end."""
+    maps: tuple[LinearMap, ...]
+    """Whose inputs are summed."""
+    keep: tuple[int, ...]
+    """Blocks whose outputs are kept on disk."""
+    stops_before: bool = False
+    """Run on to the call of block `end`, through what stands between the blocks."""
+
+
+def span_of(measured: MeasuredModel, group: LayerGroup) -> Span:
+    """Return the pass that measures a layer group."""
+    blocks = measured.maps.blocks
+    return Span(
+        begin=group.begin,
+        end=None if group.is_last else group.end,
+        maps=tuple(each for each in measured.maps.maps if in_group(each.block, group)),
+        keep=() if group.is_last else tuple(kept_outputs(blocks, group.begin, group.end)),
+    )
+
+
 def accumulate_grams(
-    measured: MeasuredModel, group: LayerGroup, shards: Sequence[int], settings: PassSettings
+    measured: MeasuredModel, span: Span, shards: Sequence[int], settings: PassSettings
 ) -> tuple[GroupReport, GramAccumulator]:
-    """Run shards and sum what the linear maps of a group see.
+    """Run shards and sum what the linear maps of a span see.
 
     Raises:
         NotFiniteError: an activation is NaN or infinite.
         NeedsSeparation: maps were taken to share an input and do not.
         NeedsBatching: the shards must be cut into other batches.
     """
-    one_pass = _GramPass(measured, group, settings)
+    one_pass = _GramPass(measured, span, settings)
     try:
         one_pass.run(shards)
     finally:
@@ -47,13 +76,12 @@ def accumulate_grams(
 class _GramPass:
     """The hooks and sums of one pass."""
 
-    def __init__(self, measured: MeasuredModel, group: LayerGroup, settings: PassSettings) -> None:
+    def __init__(self, measured: MeasuredModel, span: Span, settings: PassSettings) -> None:
         self.grams = GramAccumulator(measured.job.device)
         self.damaged: tuple[Key, int] | None = None
         """A linear map that saw NaN or infinity, and in which shard."""
-        self._measured, self._group, self._settings = measured, group, settings
-        self._maps = [each for each in measured.maps.maps if in_group(each.block, group)]
-        self._capture = InputCapture(measured.model, self._maps, self.grams.add, settings.separate)
+        self._measured, self._span, self._settings = measured, span, settings
+        self._capture = InputCapture(measured.model, span.maps, self.grams.add, settings.separate)
         self._blocks: BlockPass | None = None
         self._num_tokens = self._num_examples = 0
         self._forward_seconds = 0.0
@@ -88,9 +116,8 @@ class _GramPass:
 
     def report(self) -> GroupReport:
         """Say what was seen."""
-        sizes = {each.parameter: each.in_features * each.out_features for each in self._maps}
+        sizes = {each.parameter: each.in_features * each.out_features for each in self._span.maps}
         return GroupReport(
-            group=self._group,
             leaders=self._capture.leaders,
             num_rows=dict(self._capture.num_rows),
             num_calls=dict(self._capture.num_calls),
@@ -104,32 +131,34 @@ class _GramPass:
         )
 
     def _set_up_blocks(self, shard: int) -> BlockPass:
-        """Set the model up: passthroughs before the group, a stop after it, its own blocks loaded."""
-        measured, group = self._measured, self._group
+        """Set the model up: passthroughs before the span, a stop after it, its own blocks loaded."""
+        measured, span = self._measured, self._span
         blocks = measured.maps.blocks
+        end = len(blocks) if span.end is None else span.end
         forms: dict[str, Form] = {}
-        if group.begin > 0:
-            forms = read_boundary(measured.job.work_folder, group.begin - 1, shard)[1]
+        if span.begin > 0:
+            forms = read_boundary(measured.job.work_folder, span.begin - 1, shard)[1]
         for i, block in enumerate(blocks if measured.loader is not None else ()):
             is_first = i == 0 or stack_of(blocks[i - 1]) != stack_of(block)
             form = forms.get(stack_of(block))
-            runs_again = is_first and i < group.begin and form is not None and form.has_more
-            if measured.loader is not None and (group.begin <= i < group.end or runs_again):
+            runs_again = is_first and i < span.begin and form is not None and form.has_more
+            if measured.loader is not None and (span.begin <= i < end or runs_again):
                 measured.loader.load(block)
         return BlockPass(
             measured.model,
             blocks,
-            group.begin,
-            None if group.is_last else group.end,
-            from_cache=group.begin > 0,
+            span.begin,
+            span.end,
+            from_cache=span.begin > 0,
             forms=forms,
-            keep=[] if group.is_last else kept_outputs(blocks, group.begin, group.end),
+            keep=span.keep,
+            stops_before=span.stops_before,
         )
 
     def _run_shard(self, shard: int, blocks: BlockPass) -> None:
         measured = self._measured
         folder, device = measured.job.work_folder, measured.job.device
-        needed = needed_outputs(measured.maps.blocks, self._group.begin)
+        needed = needed_outputs(measured.maps.blocks, self._span.begin)
         cached = {i: read_boundary(folder, i, shard)[0] for i in needed}
         kept: dict[int, list[torch.Tensor]] = {}
         batches = cut_batches(measured.shard(shard), self._settings.batching, measured.job.data.batch_tokens)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.fisher_accumulator import Estimator
-from raymerge.stats.layer_groups import LayerGroup, Needs
+from raymerge.stats.layer_groups import Needs
 from raymerge.stats.linear_maps import ModelMaps
 from raymerge.stats.masked_rows import Batching
 
@@ -71,7 +71,6 @@ class PassSettings:
 class GroupReport:
     """What a worker saw in its shards of one layer group."""
 
-    group: LayerGroup
     needs_batching: Batching | None = None
     """Set when the pass has to be repeated with other batches; nothing else counts then."""
     needs_separate: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
@@ -151,9 +151,10 @@ class BlockLoader:
                     full = f"{module_name}.{name}" if module_name else name
                     self._names.setdefault(owner, []).append((full, id(parameter)))
                 places.append((module, name))
-        self._sources = {
+        self._own_sources = {
             full: self._source(model, full) for entries in self._names.values() for full, _ in entries
         }
+        self._sources = dict(self._own_sources)
         for buffer_name, buffer in list(model.named_buffers()):
             module_name, _, name = buffer_name.rpartition(".")
             model.get_submodule(module_name)._buffers[name] = buffer.to(device)
@@ -174,12 +175,39 @@ class BlockLoader:
 
     def release(self, block: str) -> None:
         """Free the parameters of a block."""
+        self._release(block, {full for full, _ in self._names.get(block, ())})
+
+    def _release(self, block: str, parameters: Collection[str]) -> None:
         import torch
 
-        for _, key in self._names.get(block, ()):
-            for module, name in self._places[key]:
+        for full, key in self._names.get(block, ()):
+            for module, name in self._places[key] if full in parameters else ():
                 meta = module._parameters[name].data.to("meta")
                 module._parameters[name] = torch.nn.Parameter(meta, requires_grad=False)
+
+    def use(self, replacements: Mapping[str, TensorInfo]) -> None:
+        """Read some of the checkpoint's tensors from elsewhere from now on, by name; the others as before.
+
+        Blocks must not be loaded; what stands outside of them is read again where its place has changed.
+        """
+        self._files.close()  # somebody else has written to what may be open
+        before = self._sources
+        self._sources = {full: replacements.get(own.name, own) for full, own in self._own_sources.items()}
+        moved = {full for full, _ in self._names.get("", ()) if self._sources[full] != before[full]}
+        self._release("", moved)
+        self.load("")
+
+    def outside(self) -> dict[int, str]:
+        """Return the tensors of the parameters outside the blocks, by the identity of the parameter."""
+        found = {}
+        for full, key in self._names.get("", ()):
+            module, name = self._places[key][0]
+            found[id(module._parameters[name])] = self._own_sources[full].name
+        return found
+
+    def tensors_of(self, block: str) -> list[str]:
+        """Return the names of the tensors of a block ("" for those outside of all)."""
+        return [self._own_sources[full].name for full, _ in self._names.get(block, ())]
 
     def _source(self, model: Any, full: str) -> TensorInfo:
         known = {**self._checkpoint.tensors, **self._checkpoint.tied}
