@@ -45,6 +45,9 @@ def _fault(words: list[str], command: click.Command) -> str | None:
         for parameter in command.get_params(context)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
+    if "--" in words:  # another command of ours follows, as submit takes it
+        end = words.index("--")
+        return _fault(words[:end], command) or _fault(words[end + 1 :], context.find_root().command)
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("-") and flag not in flags and not re.fullmatch(r"-[\d.]+", flag):
@@ -85,3 +88,4 @@ def test_faults_are_found(tmp_path: Path) -> None:
     assert _fault(["merg", "out"], main) == "no command 'merg'; known: merge"
     assert _fault(["merge", "out", "--seed=-3", "--overwrite"], main) is None
     assert _fault(["--help"], main) is None
+    assert _fault(["merge", "--seed", "3", "--", "merge", "--sed"], main) == "merge has no flag '--sed'"
