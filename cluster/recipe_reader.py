@@ -13,6 +13,8 @@ from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.origin import Origin, did_you_mean, join
 from raymerge.cluster.reading import Reading, fail_if_strict
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.recipe_data import read_data_keys
+from raymerge.cluster.recipe_policies import read_policies
 from raymerge.cluster.recipe_sources import read_modules
 from raymerge.cluster.setting import as_whole_number, shown
 from raymerge.cluster.settings import check_settings
@@ -22,9 +24,10 @@ from raymerge.merge_actors.dtypes import FLOATS, from_torch_name
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods.interface import Method
 
-_KEYS = (
+#: Keys of a document, besides those that begin with "x-".
+KEYS = (
     "merge_method base_model models slices modules parameters dtype out_dtype tokenizer tokenizer_source "
-    "chat_template name seed missing vocabulary gradient_tail"
+    "chat_template name seed missing vocabulary gradient_tail data exclude fallback heads"
 ).split()
 _CHOICES: dict[str, tuple[str, ...]] = {
     "missing": ("error", "base", "present", "drop"),
@@ -54,6 +57,25 @@ def read_recipes(
     return _link(recipes), warnings + list(notes.values())
 
 
+def read_document(document: Document, default_name: str, *, strict: bool) -> tuple[Recipe, list[str]]:
+    """Read the one recipe of a document that was parsed, or made, before: a point of a grid.
+
+    Args:
+        document: plain values, and where they were written.
+        default_name: of the recipe, if it has none.
+        strict: turn warnings into errors.
+
+    Returns:
+        the recipe, and remarks as from `recipe.load_recipes`.
+
+    Raises:
+        RecipeError: a value breaks a rule.
+    """
+    recipe, reading = _read_recipe(document, default_name)
+    fail_if_strict(reading.warnings, strict)
+    return recipe, reading.warnings + list(reading.notes.values())
+
+
 def _documents(
     source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
 ) -> tuple[list[Document], str]:
@@ -75,9 +97,10 @@ def _read_recipe(document: Document, default_name: str) -> tuple[Recipe, Reading
             f"{origin.at()}: a recipe must be a mapping with merge_method; this is {shown(raw)}."
         )
     reading = Reading(origin=origin, method=_read_method(raw, origin))
-    reading.check_keys(raw, _KEYS, "")
+    reading.check_keys(raw, KEYS, "")
     base_model = reading.model(raw["base_model"], "base_model") if raw.get("base_model") is not None else None
     parameters = reading.settings(raw, "")
+    reading.data = read_data_keys(raw.get("data"), "data", reading)
     recipe = Recipe(
         name=_read_name(raw, default_name, origin),
         merge_method=reading.method.name,
@@ -97,6 +120,7 @@ def _read_recipe(document: Document, default_name: str) -> tuple[Recipe, Reading
         if raw.get(key) is not None
     }
     recipe = replace(recipe, **choices)
+    recipe = replace(recipe, **read_policies(raw, base_model, recipe.all_models(), reading))
     check_settings(recipe, reading.method)
     return recipe, reading
 
@@ -110,7 +134,7 @@ def _read_method(raw: Mapping[str, Any], origin: Origin) -> Method:
             raise RecipeError(
                 f"{origin.at('merge_method')}: unknown merge_method {shown(name)}; {error.args[0]}."
             ) from None
-        near = did_you_mean("merge_method", (key for key in raw if key not in _KEYS))
+        near = did_you_mean("merge_method", (key for key in raw if key not in KEYS))
         raise RecipeError(f"{origin.at()}: key merge_method is missing{near}; {error.args[0]}.") from None
 
 
