@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,9 +10,7 @@ from raymerge.cli.main import print_json, remark
 
 if TYPE_CHECKING:
     from raymerge.cluster.statistics import StatisticsResult
-    from raymerge.cluster.statistics_options import StatisticsProgress
 
-_LIVE_SECONDS, _LOG_SECONDS = 0.5, 15.0
 _DATA_OPTIONS = {
     "data": "source",
     "data_config": "config",
@@ -92,12 +88,13 @@ def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: A
     workers, the size of batches or the memory budget. A finished layer group is kept: after a failure
     the same command with --resume repeats only the group that was under way.
     """
+    from raymerge.cluster.progress import StatisticsLine
     from raymerge.cluster.statistics import collect_statistics
     from raymerge.cluster.statistics_options import StatisticsOptions
     from raymerge.stats.data_rows import DataSpec
 
     data = DataSpec(**{field: options.pop(name) for name, field in _DATA_OPTIONS.items()})
-    shown = _Progress() if not (quiet or as_json) else None
+    shown = StatisticsLine() if not (quiet or as_json) else None
     try:
         result = collect_statistics(
             model,
@@ -112,6 +109,8 @@ def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: A
             err=True,
         )
         raise SystemExit(130) from None
+    if shown:
+        shown.clear()
     if as_json:
         print_json(result.to_mapping())
     elif not quiet:
@@ -135,24 +134,3 @@ def _summary(result: StatisticsResult) -> str:
             f"Gram update {timing['update_tflops']:.3g} TFLOP/s, forward pass {timing['forward_tflops']:.3g} TFLOP/s"
         )
     return "\n".join(lines)
-
-
-class _Progress:
-    """One live line on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def show(self, progress: StatisticsProgress) -> None:
-        now = time.monotonic()
-        is_live = sys.stderr.isatty()
-        if now - self._last < (_LIVE_SECONDS if is_live else _LOG_SECONDS):
-            return
-        self._last = now
-        total = f" of {progress.group_tokens:,}" if progress.group_tokens else ""
-        line = (
-            f"layer group {progress.group + 1}/{progress.num_groups} | {progress.num_tokens:,}{total} tokens | "
-            f"{progress.tokens_per_second:,.0f} tokens/s"
-        )
-        sys.stderr.write(f"\r\x1b[K{line}" if is_live else f"{line}\n")
-        sys.stderr.flush()

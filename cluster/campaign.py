@@ -16,16 +16,17 @@ from typing import Any
 
 import xxhash
 
+from raymerge.cluster.heads import Heads, plan_heads
 from raymerge.cluster.match import match
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
-from raymerge.cluster.recipe import Recipe, load_recipes
+from raymerge.cluster.recipe import Measurement, Recipe, load_recipes
+from raymerge.cluster.recipe_statistics import ToMeasure, find_statistics
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
-from raymerge.merge_actors.errors import MismatchError, RecipeError
-from raymerge.merge_actors.methods import METHODS
+from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.task import HubModel
 from raymerge.stats.statistics_file import Statistics
 
@@ -45,8 +46,12 @@ class PlannedWave:
     remarks: tuple[str, ...]
     hub_models: tuple[HubModel, ...] = ()
     """The models, and adapters, that came from the Hub."""
-    statistics: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
-    """What the recipes merge by, by path."""
+    statistics: Mapping[Measurement, Statistics] = dataclasses.field(default_factory=dict)
+    """What the recipes merge by."""
+    missing: tuple[ToMeasure, ...] = ()
+    """What has to be measured first; the plan is then made again, for it averages what is not measured."""
+    heads: tuple[Heads | None, ...] = ()
+    """Per recipe."""
 
     @property
     def fingerprint(self) -> str:
@@ -58,8 +63,8 @@ class PlannedWave:
         for key, model in sorted(self.models.items()):
             adapter = model.adapter.fingerprint if model.adapter else ""
             digest.update(f"{key}={model.checkpoint.fingerprint}+{adapter}\n".encode())
-        for path, statistics in sorted(self.statistics.items()):
-            digest.update(f"{path}={statistics.fingerprint}\n".encode())
+        of_statistics = {(key, each.path): each.fingerprint for (key, _), each in self.statistics.items()}
+        digest.update(repr(sorted(of_statistics.items())).encode())
         digest.update(repr(self.vocabularies).encode())
         digest.update(repr((self.plan.slice_bytes, len(self.plan.tasks))).encode())
         return digest.hexdigest()
@@ -140,14 +145,16 @@ def plan_wave(
     """
     opened = opened or OpenedInputs()
     models, hub_models = opened.open_models(recipes, results, allow_pickle=options.allow_pickle)
-    plans, vocabularies, remarks = [], [], []
-    all_statistics: dict[str, Statistics] = {}
+    statistics = find_statistics(recipes, models, opened, allow_pickle=options.allow_pickle)
+    plans, vocabularies, all_heads, remarks = [], [], [], []
     limit = parse_size(options.out_shard_size)
+    waiting = {each.name for each in recipes if _measurements(each) & {key for key, _ in statistics.missing}}
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
-        statistics = _open_statistics(recipe, models, opened)
-        all_statistics |= statistics
-        tensors, said = match(recipe, models, vocabulary, statistics)
+        heads = plan_heads(recipe, models)
+        tensors, said = match(recipe, models, vocabulary, statistics.found, heads)
+        if recipe.name in waiting:
+            said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()
         remarks += [f"{recipe.name}: {remark}" for remark in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
@@ -155,39 +162,23 @@ def plan_wave(
             RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
         )
         vocabularies.append(vocabulary)
+        all_heads.append(heads)
     plan = make_plan(plans, slice_bytes=options.slice_mib << 20)
-    return PlannedWave(plan, models, tuple(vocabularies), tuple(remarks), tuple(hub_models), all_statistics)
+    return PlannedWave(
+        plan,
+        models,
+        tuple(vocabularies),
+        tuple(remarks),
+        tuple(hub_models),
+        statistics=statistics.found,
+        missing=tuple(statistics.missing.values()),
+        heads=tuple(all_heads),
+    )
 
 
-def _open_statistics(
-    recipe: Recipe, models: Mapping[str, LoadedModel], opened: OpenedInputs
-) -> dict[str, Statistics]:
-    """Open the statistics that a recipe names, by path, and check them against their models."""
-    kind = METHODS[recipe.merge_method].statistic
-    found: dict[str, Statistics] = {}
-    for _, layers in recipe.slices():
-        for use in layers.sources:
-            if kind is None:
-                continue
-            if use.statistics is None:
-                raise RecipeError(
-                    f"{recipe.origin.at(use.where)}: {recipe.merge_method} needs statistics of {use.model.key}; "
-                    f"measure them with raymerge stats --kind {kind} and name their folder: statistics: PATH"
-                )
-            if use.model.adapter is not None:
-                raise MismatchError(
-                    f"{recipe.origin.at(use.where)}: {use.model.key} has an adapter, and statistics are measured on "
-                    "whole checkpoints: merge the adapter into its model first (passthrough), and measure that"
-                )
-            statistics = opened.open_statistics(use.statistics)
-            if statistics.kind != kind:
-                raise MismatchError(
-                    f"the statistics {use.statistics} are of kind {statistics.kind}, but {recipe.merge_method} "
-                    f"needs {kind}"
-                )
-            statistics.check_against(models[use.model.key].checkpoint)
-            found[use.statistics] = statistics
-    return found
+def _measurements(recipe: Recipe) -> set[Measurement]:
+    uses = [use for _, layers in recipe.slices() for use in layers.sources]
+    return {use.measurement for use in uses if use.measurement is not None}
 
 
 def _files_of(source: RecipeSource) -> list[RecipeSource]:

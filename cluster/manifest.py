@@ -16,9 +16,11 @@ from typing import Any
 from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.plan import RecipePlan
 from raymerge.cluster.plan_solves import chunk_bytes_of
+from raymerge.cluster.recipe import Measurement
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.merge_actors.checksum import add_checksums
 from raymerge.merge_actors.task import PieceReport
+from raymerge.stats.statistics_file import Statistics
 
 FORMAT_VERSION = 1
 #: Figures of a solve -> how those of several parts of a tensor are summed up.
@@ -34,6 +36,7 @@ _PACKAGES = ("raymerge", "torch", "ray", "safetensors", "numpy")
 def make_manifest(
     plan: RecipePlan,
     models: Mapping[str, LoadedModel],
+    statistics: Mapping[Measurement, Statistics],
     reports: Sequence[PieceReport],
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -41,7 +44,8 @@ def make_manifest(
 
     Args:
         plan: the recipe and what it was matched with.
-        models: its models.
+        models: by `ModelRef.key`; at least its models.
+        statistics: at least those that it merges by.
         reports: what came out of all its pieces.
         run: figures of the run that are not the recipe's own (bytes read, seconds, device).
     """
@@ -60,14 +64,41 @@ def make_manifest(
                 "num_parameters": model.checkpoint.num_parameters,
                 **({"adapter_fingerprint": model.adapter.fingerprint} if model.adapter else {}),
             }
-            for key, model in sorted(models.items())
+            for key, model in sorted((key, models[key]) for key in _used(plan))
         },
+        **_statistics(plan, statistics),
         "files": {file.name: file.num_bytes for file in plan.layout.files},
         "tensors": {
             tensor.name: _row(tensor, files[tensor.name], pieces[tensor.name]) for tensor in plan.tensors
         },
         "run": dict(run),
     }
+
+
+def _used(plan: RecipePlan) -> set[str]:
+    """Return the keys of the models that a recipe lists, or takes a tensor from."""
+    listed = {ref.key for ref in plan.recipe.all_models()}
+    return listed | {operand.model for tensor in plan.tensors for operand in tensor.operands}
+
+
+def _statistics(plan: RecipePlan, statistics: Mapping[Measurement, Statistics]) -> dict[str, Any]:
+    """Return by which statistics a recipe was merged."""
+    uses = [use for _, layers in plan.recipe.slices() for use in layers.sources]
+    rows = []
+    for measurement in dict.fromkeys(use.measurement for use in uses if use.measurement is not None):
+        found = statistics.get(measurement)
+        if found is not None:
+            rows.append(
+                {
+                    "model": measurement[0],
+                    "path": found.path,
+                    "kind": found.kind,
+                    "fingerprint": found.fingerprint,
+                    "num_tokens": found.num_tokens,
+                    "data_fingerprint": found.manifest.get("data", {}).get("fingerprint"),
+                }
+            )
+    return {"statistics": rows} if rows else {}
 
 
 def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from raymerge.cluster.heads import Heads, is_head_tensor
+from raymerge.cluster.match_rules import all_measured, canonical_order, is_excluded, output_shape
 from raymerge.cluster.matched import LoadedModel, MergedTensor, Operand, Statistic
+from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.places import Place, places_by_slice
-from raymerge.cluster.recipe import LayerSlice, Module, Recipe, SourceUse
+from raymerge.cluster.recipe import LayerSlice, Measurement, Module, Recipe, SourceUse
 from raymerge.cluster.settings import resolve
 from raymerge.cluster.vocabulary import Vocabulary
 from raymerge.merge_actors.dtypes import is_float
@@ -29,7 +33,8 @@ def match(
     recipe: Recipe,
     models: Mapping[str, LoadedModel],
     vocabulary: Vocabulary | None,
-    statistics: Mapping[str, Statistics] | None = None,
+    statistics: Mapping[Measurement, Statistics] | None = None,
+    heads: Heads | None = None,
 ) -> tuple[list[MergedTensor], list[str]]:
     """Match the tensors of all models of a recipe.
 
@@ -37,7 +42,8 @@ def match(
         recipe: what to make.
         models: by `ModelRef.key`; at least all models of the recipe.
         vocabulary: which rows of each model make the output's vocabulary; None if all agree.
-        statistics: what the recipe's models are merged by, by path.
+        statistics: what the recipe's models are merged by; what is still to be measured is not in it.
+        heads: what becomes of classification heads; None merges them like other tensors.
 
     Returns:
         the output's tensors in the order of the donor's files, and remarks for the user.
@@ -47,7 +53,7 @@ def match(
         RecipeError: a layer range outside a model, or a module that no tensor belongs to.
     """
     method = METHODS[recipe.merge_method]
-    matcher = _Matcher(recipe, method, models, vocabulary, statistics or {})
+    matcher = _Matcher(recipe, method, models, vocabulary, statistics or {}, heads)
     tensors: list[MergedTensor] = []
     for module, layers, names in places_by_slice(recipe, models):
         tensors += matcher.match_slice(module, layers, names)
@@ -63,24 +69,29 @@ class _Matcher:
         method: Method,
         models: Mapping[str, LoadedModel],
         vocabulary: Vocabulary | None,
-        statistics: Mapping[str, Statistics],
+        statistics: Mapping[Measurement, Statistics],
+        heads: Heads | None,
     ) -> None:
         self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
-        self.statistics = statistics
+        self.statistics, self.heads = statistics, heads
         self._notes: dict[str, list[str]] = {}
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
         self._averages: dict[tuple[Value, ...], Settings] = {}
 
     def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[Place]) -> list[MergedTensor]:
+        """Match the tensors of one slice of layers; those that are left out are noted."""
         uses = layers.uses()
-        order, streams = _canonical_order(layers.sources, self.method)
+        order, streams = canonical_order(layers.sources, self.method)
         found = []
         for place in places:
             operands = [
                 self._operand(use, name, place.name)
                 for use, name in zip(uses, place.source_names, strict=True)
             ]
-            merged = self._match_tensor(module, layers, place, operands, order, streams)
+            if self.heads is not None and layers.sources and is_head_tensor(place.name):
+                merged = self._match_head(module, layers, place, operands, order)
+            else:
+                merged = self._match_tensor(module, layers, place, operands, order, streams)
             if merged is not None:
                 found.append(merged)
         return found
@@ -101,16 +112,61 @@ class _Matcher:
         if info is None:
             return None
         runs = self.vocabulary.row_runs(use.model.key, info) if self.vocabulary else None
-        low_rank = model.adapter.pairs.get(name) if model.adapter else None
-        return Operand(use.model.key, info, low_rank, runs, self._statistic(use, info.name))
+        return Operand(
+            use.model.key,
+            info,
+            low_rank=model.adapter.pairs.get(name) if model.adapter else None,
+            row_runs=runs,
+            num_rows=self.vocabulary.num_rows if self.vocabulary and runs is not None else 0,
+            statistic=self._statistic(use, info.name),
+        )
 
     def _statistic(self, use: SourceUse, name: str) -> Statistic | None:
-        """Return the statistic of one tensor, if the model's statistics hold one that can be used."""
-        module = self.statistics[use.statistics].modules.get(name) if use.statistics else None
+        """Return the statistic of one tensor, if the model's statistics hold one."""
+        found = self.statistics.get(use.measurement) if use.measurement else None
+        module = found.modules.get(name) if found else None
         if module is None:
             return None
         is_transposed = module.kind == "conv1d" or module.experts_layout == "EIO"
         return Statistic(module.tensor, module.num_rows, module.in_features, is_transposed)
+
+    def _match_head(
+        self,
+        module: Module,
+        layers: LayerSlice,
+        place: Place,
+        operands: Sequence[Operand | None],
+        order: Sequence[int],
+    ) -> MergedTensor | None:
+        """Treat a tensor of a classification head as `heads` says."""
+        heads = self.heads
+        assert heads is not None
+        if heads.policy == "exclude":
+            self._note("left out (heads: exclude)", place.name)
+            return None
+        merged = operands[1:] if layers.base else operands
+        if heads.policy == "keep":
+            own = next((each for each in merged if each is not None and each.model == heads.donor), None)
+            return None if own is None else self._copy(place.name, own, f"head of {heads.donor}")
+        settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
+        weights = [float(model.get("weight") or 0) if "weight" in model else 1.0 for model in settings.models]
+        having = [(merged[i], weights[i]) for i in order if merged[i] is not None]
+        found = [
+            dataclasses.replace(
+                operand,
+                row_runs=runs,
+                num_rows=len(heads.union) if runs is not None else 0,
+                fill_weight=weight if runs is not None else 1.0,
+                statistic=None,
+            )
+            for operand, weight in having
+            if operand is not None
+            for runs in [heads.row_runs(operand.model, operand.info)]
+        ]
+        has_labels = any(heads.has_label_rows(each.model, each.info) for each in found)
+        note = "head rows matched by label, averaged" if has_labels else "inner layer of a head, averaged"
+        self._note(note, place.name)
+        return self._average(place.name, found, note, [weight for _, weight in having])
 
     def _match_tensor(
         self,
@@ -134,27 +190,83 @@ class _Matcher:
         shape = self._common_shape(place.name, present)
         base, merged = (present[0], present[1:]) if layers.base else (None, present)
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
-        models = tuple(merged[i] for i in order)
-        note = ""
-        if self.method.statistic is not None and not _all_measured(models):
-            models = tuple(dataclasses.replace(operand, statistic=None) for operand in models)
-            note = f"averaged, no {self.method.statistic} statistics for it"
-            self._note(note, place.name)
-            if self.method.kind == "block":  # the formula needs a statistic; a solved method has its mean
-                return self._average(place.name, models, note, [m["weight"] for m in settings.models])
-        elif self.method.kind == "solve":
-            self._check_rows(place.name, merged, settings)
+        settings, models = self._reorder(settings, order), tuple(merged[i] for i in order)
+        coverage: Literal["", "measured"] = ""
+        if self.method.statistic is not None:
+            excluded = is_excluded(place.name, self.recipe.exclude)
+            if excluded or not all_measured(models):
+                return self._fall_back(layers, place, present, models, settings, excluded)
+            coverage = "measured"
+            if self.method.kind == "solve":
+                self._check_rows(place.name, models, settings)
         return MergedTensor(
             name=place.name,
             shape=shape,
             dtype=self._dtype(donor),
             method=self.method.name,
-            settings=self._reorder(settings, order),
+            settings=settings,
             base=base,
             models=models,
             stream_names=tuple(streams),
-            note=note,
+            coverage=coverage,
         )
+
+    def _fall_back(
+        self,
+        layers: LayerSlice,
+        place: Place,
+        present: Sequence[Operand],
+        models: Sequence[Operand],
+        settings: Settings,
+        excluded: bool,
+    ) -> MergedTensor:
+        """Treat a tensor that is not merged by statistics: excluded, not measured, or not measurable."""
+        kind = self.method.statistic
+        weights = [model["weight"] for model in settings.models]
+        lacking = [
+            use.model.key
+            for use, name in zip(layers.sources, place.source_names[-len(layers.sources) :], strict=True)
+            if self._is_expected(use, name)
+        ]
+        if not (excluded or lacking):
+            note = f"averaged, no {kind} statistics for it"
+            self._note(note, place.name)
+            return self._average(place.name, models, note, weights)
+        why = "excluded" if excluded else f"no {kind} statistics"
+        coverage: Literal["excluded", "fallback"] = "excluded" if excluded else "fallback"
+        policy = self.recipe.fallback
+        if policy == "error" and not excluded:
+            raise MismatchError(
+                f"the linear map {place.name} has no {kind} statistics of {', '.join(lacking)}; measure more data, or "
+                f"set exclude: {place.name}, or fallback: mean, base, first or {{model: MODEL}}"
+            )
+        if policy in ("mean", "error"):
+            note = f"{why}: averaged"
+            self._note(note, place.name)
+            return dataclasses.replace(self._average(place.name, models, note, weights), coverage=coverage)
+        chosen = self._fallback_operand(place.name, present)
+        found = self._copy(place.name, chosen, f"{why}: taken from {chosen.model}")
+        return dataclasses.replace(found, coverage=coverage)
+
+    def _is_expected(self, use: SourceUse, name: str) -> bool:
+        """Return whether a tensor should have been measured: for Grams, whether it is a linear map."""
+        found = self.statistics.get(use.measurement) if use.measurement else None
+        return found is not None and name in found.coverage.linear_maps
+
+    def _fallback_operand(self, name: str, present: Sequence[Operand]) -> Operand:
+        """Return the one model's tensor that the recipe's `fallback` takes."""
+        policy = self.recipe.fallback
+        if policy == "first":
+            return present[0]
+        ref = self.recipe.base_model if policy == "base" else policy
+        assert isinstance(ref, ModelRef)
+        found = self._operand(SourceUse(model=ref), name, name)
+        if found is None or output_shape(found) != output_shape(present[0]):
+            has = "does not have it" if found is None else f"has it with the shape {list(found.info.shape)}"
+            raise MismatchError(
+                f"tensor {name} is to be taken from {ref.key} (fallback), which {has}; set fallback: mean or first"
+            )
+        return found
 
     def _check_rows(self, name: str, models: Sequence[Operand], settings: Settings) -> None:
         """Refuse statistics of fewer rows than input features at alpha 1; remark on them below it."""
@@ -230,9 +342,9 @@ class _Matcher:
     def _common_shape(self, name: str, operands: Sequence[Operand]) -> tuple[int, ...]:
         """Check that all operands, after their rows are mapped, have one shape; return it."""
         first = operands[0]
-        shape = _output_shape(first, self.vocabulary)
+        shape = output_shape(first)
         for other in operands[1:]:
-            if _output_shape(other, self.vocabulary) != shape:
+            if output_shape(other) != shape:
                 raise self._shape_error(name, first, other)
             if not is_float(other.info.dtype):
                 raise MismatchError(
@@ -263,7 +375,7 @@ class _Matcher:
         scale: dict[str, None] = {"scale": None}
         return MergedTensor(
             name=name,
-            shape=_output_shape(operand, self.vocabulary),
+            shape=output_shape(operand),
             dtype=self._dtype(operand) if is_float(operand.info.dtype) else operand.info.dtype,
             method="passthrough" if needs_maths or is_float(operand.info.dtype) else "copy",
             settings=Settings(models=(scale,)) if is_float(operand.info.dtype) else _COPY,
@@ -286,30 +398,3 @@ class _Matcher:
             same = models == settings.models
             self._ordered[key] = settings if same else dataclasses.replace(settings, models=models)
         return self._ordered[key]
-
-
-def _all_measured(models: Sequence[Operand]) -> bool:
-    """Return whether every model has a statistic that fits its tensor as it will be read."""
-    return all(operand.statistic is not None and operand.row_runs is None for operand in models)
-
-
-def _canonical_order(sources: Sequence[SourceUse], method: Method) -> tuple[list[int], list[str]]:
-    """Return the order in which models are summed, and the names of their random streams.
-
-    Where the maths is symmetric the order is that of the models' keys, so that the same models
-    in another order give the same bytes. The second use of one model is stream "KEY#2".
-    """
-    names: list[str] = []
-    for use in sources:
-        count = 1 + sum(1 for earlier in sources[: len(names)] if earlier.model.key == use.model.key)
-        names.append(use.model.key if count == 1 else f"{use.model.key}#{count}")
-    order = (
-        sorted(range(len(names)), key=names.__getitem__) if method.is_symmetric else list(range(len(names)))
-    )
-    return order, [names[i] for i in order]
-
-
-def _output_shape(operand: Operand, vocabulary: Vocabulary | None) -> tuple[int, ...]:
-    if operand.row_runs is not None and vocabulary is not None:
-        return (vocabulary.num_rows, *operand.info.shape[1:])
-    return operand.info.shape

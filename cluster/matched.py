@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from raymerge.merge_actors.checkpoint.adapter import Adapter, LowRank
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
@@ -43,6 +44,11 @@ class Operand:
     info: TensorInfo
     low_rank: LowRank | None = None
     row_runs: tuple[RowRun, ...] | None = None
+    """Which of its rows make which rows of the output's tensor, if not each its own."""
+    num_rows: int = 0
+    """Rows of the output's tensor, where there are `row_runs`."""
+    fill_weight: float = 1.0
+    """Share in the mean that rows are filled with which other models lack."""
     statistic: Statistic | None = None
     """What was measured about the model for this tensor, if the method uses it."""
 
@@ -64,3 +70,11 @@ class MergedTensor:
     """Names of the models' random streams; a model listed twice has two."""
     note: str = ""
     """Why it is not merged as the recipe says; empty if it is."""
+    coverage: Literal["", "measured", "excluded", "fallback"] = ""
+    """Of a method that merges by statistics: merged by them; not, though it might be; not, for want of them.
+    Empty for tensors that no statistics belong to."""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The base, if there is one, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)

@@ -22,10 +22,11 @@ from raymerge.cluster.manifest import make_manifest, write_manifest
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
-from raymerge.cluster.progress import Progress
+from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
-from raymerge.cluster.worker_group import WorkerGroup
+from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.task import PieceReport, RunContext
@@ -94,27 +95,11 @@ def merge(
     for line in said:
         remark(line)
     folder = RunFolder(os.fspath(out))
-    is_campaign = len(read) > 1
-    with folder.locked():
-        folder.check_free(overwrite=options.overwrite, resume=options.resume)
-        if not options.resume:
-            folder.clear()
-        workers = workers or connected(
-            address=options.address,
-            in_process=options.in_process,
-            workers=options.workers,
-            device=options.device,
-        )
-        run = _Run(folder, options, workers, remark, show_progress)
-        try:
-            run.carry_out(waves(read))
-        except RaymergeError as error:
-            # A refused input leaves nothing behind; what else failed can be resumed if it got anywhere.
-            if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
-                folder.clear()
-            raise
-        outputs = folder.commit([recipe.name for recipe in read], is_campaign=is_campaign)
-        folder.remove()
+    workers = workers or connected(
+        address=options.address, in_process=options.in_process, workers=options.workers, device=options.device
+    )
+    run = _Run(folder, options, workers, remark, show_progress)
+    outputs = _run_to_commit(run, read)
     assert run.placement is not None
     return MergeResult(
         outputs=tuple(outputs),
@@ -126,6 +111,25 @@ def merge(
         num_workers=run.placement.num_workers,
         remarks=tuple(remarks),
     )
+
+
+def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
+    """Carry a run out while its folder is locked; returns the folders of the outputs."""
+    folder, options = run.folder, run.options
+    with folder.locked():
+        folder.check_free(overwrite=options.overwrite, resume=options.resume)
+        if not options.resume:
+            folder.clear()
+        try:
+            run.carry_out(waves(recipes))
+        except RaymergeError as error:
+            # A refused input leaves nothing behind; what else failed can be resumed if it got anywhere.
+            if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
+                folder.clear()
+            raise
+        outputs = folder.commit([recipe.name for recipe in recipes], is_campaign=len(recipes) > 1)
+        folder.remove()
+    return outputs
 
 
 class _Run:
@@ -154,16 +158,38 @@ class _Run:
         with self.workers as (group, placement):
             self.placement = placement
             for number, wave in enumerate(ordered):
-                self._run_wave(number, first if number == 0 else self._plan(wave, folders), group, placement)
+                planned = first if number == 0 else self._plan(wave, folders)
+                if planned.missing:
+                    self._measure(planned.missing, group, placement)
+                    planned = self._plan(wave, folders)
+                self._run_wave(number, planned, group, placement)
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         results = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
         planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        if planned.missing:  # planned again when that is measured
+            return planned
         for line in planned.remarks:
             self.remark(line)
         for line in quick_check(recipes, planned.models):
             self.remark(line)
         return planned
+
+    def _measure(self, missing: Sequence[ToMeasure], group: WorkerGroup, placement: Placement) -> None:
+        """Measure what recipes name data for, on the cluster that the merge runs on."""
+        group.close()  # its workers hold the GPUs; they start again for the merge
+        progress = StatisticsLine()
+        measure_missing(
+            missing,
+            where={
+                "workers": placement.num_workers,
+                "device": placement.device,
+                "in_process": isinstance(group, InProcessGroup),
+            },
+            on_remark=self.remark,
+            on_progress=progress.show if self.show_progress else _silent,
+        )
+        progress.clear()
 
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
@@ -215,9 +241,9 @@ class _Run:
 
     def _write_metadata(self, wave: PlannedWave) -> None:
         """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
-        for plan, vocabulary in zip(wave.plan.recipes, wave.vocabularies, strict=True):
+        for plan, vocabulary, heads in zip(wave.plan.recipes, wave.vocabularies, wave.heads, strict=True):
             for line in write_metadata_files(
-                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary
+                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary, heads
             ):
                 self.remark(f"{plan.recipe.name}: {line}")
 
@@ -240,8 +266,7 @@ class _Run:
             for piece in report.pieces:
                 reports.setdefault(piece.recipe, []).append(piece)
         for number, plan in enumerate(wave.plan.recipes):
-            used = {ref.key: wave.models[ref.key] for ref in plan.recipe.all_models()}
-            manifest = make_manifest(plan, used, reports.get(number, []), figures)
+            manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), figures)
             try:
                 write_manifest(plan.folder, manifest)
                 write_index(plan.folder, plan.layout)
@@ -251,5 +276,5 @@ class _Run:
                 raise write_error(plan.folder, error) from error
 
 
-def _silent(totals: Totals) -> None:
-    del totals
+def _silent(progress: object) -> None:
+    del progress

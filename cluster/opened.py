@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
-from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.recipe import Measurement, Recipe
 from raymerge.merge_actors.checkpoint.adapter import Adapter, open_adapter
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
@@ -34,6 +34,8 @@ class OpenedInputs:
     """By the adapter's place and that of the model it belongs to."""
     statistics: dict[str, Statistics] = field(default_factory=dict)
     """By path."""
+    cached_statistics: dict[tuple[Measurement, str], str] = field(default_factory=dict)
+    """Folder of the statistics in the cache, by what was measured and their kind."""
     hub_models: dict[Place, HubModel] = field(default_factory=dict)
     """The models, and adapters, that came from the Hub."""
 

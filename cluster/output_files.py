@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from raymerge.cluster.chat_template import choose_template, write_template
+from raymerge.cluster.head_files import write_heads
+from raymerge.cluster.heads import Heads, set_labels
 from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.model_card import make_model_card
 from raymerge.cluster.output_config import make_config, remap_tokens, token_remap
@@ -47,6 +49,7 @@ def write_metadata_files(
     tensors: Sequence[MergedTensor],
     layout: Layout,
     vocabulary: Vocabulary | None,
+    heads: Heads | None = None,
 ) -> list[str]:
     """Write config, tokenizer, processors, recipe and model card of an output.
 
@@ -57,6 +60,7 @@ def write_metadata_files(
         tensors: the tensors of the output.
         layout: its files.
         vocabulary: its vocabulary, if that differs from the donor's.
+        heads: what becomes of classification heads, if they are not merged like other tensors.
 
     Returns:
         remarks for the user.
@@ -68,7 +72,9 @@ def write_metadata_files(
     """
     try:
         template, remarks = choose_template(recipe, models)
-        remarks += _write_configs(folder, recipe, models, tensors, vocabulary)
+        remarks += _write_configs(folder, recipe, models, tensors, vocabulary, heads)
+        if heads is not None and heads.is_beside:
+            remarks += write_heads(folder, heads, models)
         donor = models[recipe.donor.key]
         source = models[vocabulary.tokenizer_model] if vocabulary else donor
         remarks += write_tokenizer(folder, source, vocabulary, models)
@@ -95,8 +101,11 @@ def _write_configs(
     models: Mapping[str, LoadedModel],
     tensors: Sequence[MergedTensor],
     vocabulary: Vocabulary | None,
+    heads: Heads | None,
 ) -> list[str]:
     config, remarks = make_config(recipe, models, tensors, vocabulary)
+    if config and heads is not None:
+        remarks += set_labels(config, heads, models)
     if config:
         write_json(os.path.join(folder, "config.json"), config)
     path = os.path.join(models[recipe.donor.key].checkpoint.folder, "generation_config.json")

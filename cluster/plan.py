@@ -140,11 +140,12 @@ class _Planner:
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for group in groups:
             pieces += self._cut(group)
+        tasks = self._numbered([*self._pack(pieces), *plan_solves(tensors, self._places, self._intern)])
         return Plan(
             recipes=tuple(self.recipes),
             settings=tuple(self.settings),
             states=tuple(self.states),
-            tasks=self._numbered([*self._pack(pieces), *plan_solves(tensors, self._places, self._intern)]),
+            tasks=tasks,
             slice_bytes=self.slice_bytes,
         )
 

@@ -36,7 +36,7 @@ def group_by_input(recipes: Sequence[Sequence[MergedTensor]]) -> list[list[tuple
             key = (number, index)
             parent[key] = key
             filled_from = _filled_from(tensor)
-            for operand in operands_of(tensor):
+            for operand in tensor.operands:
                 place = (operand.info.file, operand.info.begin)
                 input_key = (*place, tensor.shape, tensor.method == "copy", filled_from)
                 parent[root(by_input.setdefault(input_key, key))] = root(key)
@@ -46,23 +46,18 @@ def group_by_input(recipes: Sequence[Sequence[MergedTensor]]) -> list[list[tuple
     return [sorted(group) for group in groups.values()]
 
 
-def operands_of(tensor: MergedTensor) -> tuple[Operand, ...]:
-    """Return the base, if there is one, and the models."""
-    return tensor.models if tensor.base is None else (tensor.base, *tensor.models)
-
-
 def _filled_from(tensor: MergedTensor) -> object:
     """Return what decides the rows that a model lacks: only tensors that agree in it share their reads."""
-    operands = operands_of(tensor)
+    operands = tensor.operands
     if all(operand.row_runs is None for operand in operands):
         return None
-    rows = frozenset((each.info.file, each.info.begin, each.row_runs) for each in operands)
+    rows = frozenset((each.info.file, each.info.begin, each.row_runs, each.fill_weight) for each in operands)
     return rows, tensor.base and (tensor.base.info.file, tensor.base.info.begin)
 
 
 def disk_place(tensor: MergedTensor) -> tuple[str, int]:
     """Return where a tensor's first input lies: tasks follow the disk."""
-    info = operands_of(tensor)[0].info
+    info = tensor.operands[0].info
     return info.file, info.begin
 
 
@@ -71,7 +66,7 @@ def reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[in
     numbers: dict[Read, int] = {}
     places: dict[int, int] = {}
     for tensor in tensors:
-        for operand in operands_of(tensor):
+        for operand in tensor.operands:
             places[id(operand)] = numbers.setdefault(read_of(operand), len(numbers))
             if operand.statistic is not None:
                 read = _statistic_read(operand, operand.statistic)
@@ -94,6 +89,7 @@ def read_of(operand: Operand) -> Read:
         offset=info.begin,
         dtype=info.dtype,
         row_runs=operand.row_runs,
+        fill_weight=operand.fill_weight,
         low_rank=None
         if update is None
         else LowRankRead(

@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from raymerge.cluster.controller import Totals
+from raymerge.cluster.statistics_options import StatisticsProgress
 
 _LIVE_SECONDS = 0.2
 _LOG_SECONDS = 15.0
@@ -56,6 +57,35 @@ class Progress:
             f"task {done:,}/{self._num_tasks:,} | {gib(totals.read_bytes)} read, {gib(totals.write_bytes)} written | "
             f"{moved / seconds / 1e9:.2f} GB/s | ETA {eta}"
         )
+
+
+class StatisticsLine:
+    """Prints where the measuring of a model stands."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._is_live = self._stream.isatty()
+        self._last = time.monotonic()
+
+    def show(self, progress: StatisticsProgress) -> None:
+        """Show the state of the run, if the last time is long enough ago."""
+        now = time.monotonic()
+        if now - self._last < (_LIVE_SECONDS if self._is_live else _LOG_SECONDS):
+            return
+        self._last = now
+        total = f" of {progress.group_tokens:,}" if progress.group_tokens else ""
+        line = (
+            f"layer group {progress.group + 1}/{progress.num_groups} | {progress.num_tokens:,}{total} tokens | "
+            f"{progress.tokens_per_second:,.0f} tokens/s"
+        )
+        self._stream.write(f"\r\x1b[K{line}" if self._is_live else f"{line}\n")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        """Wipe the live line."""
+        if self._is_live:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
 
 
 def gib(num_bytes: int) -> str:

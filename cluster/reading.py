@@ -42,6 +42,8 @@ class Reading:
     """What has no effect, one sentence each, in the order of reading."""
     notes: dict[str, str] = field(default_factory=dict)
     """Harmless key -> one quiet sentence."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the document's `data`, which hold for every model that does not say otherwise."""
     parameters: MethodParameters = field(init=False)
     """The parameters of the method and its sparsifier."""
 

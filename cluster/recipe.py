@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -18,6 +18,9 @@ from raymerge.cluster.method_parameters import find_method
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.origin import Origin
 from raymerge.cluster.tokenizer_policy import TokenizerPolicy
+
+if TYPE_CHECKING:
+    from raymerge.cluster.recipe_data import MeasuredData
 
 #: A number, a switch, a name, a gradient over the layers, or the mapping of a sparsifier.
 SettingValue = float | int | bool | str | tuple[float | str, ...] | Mapping[str, Any]
@@ -37,6 +40,9 @@ class Conditional:
 #: The first entry whose filter matches gives the value; none matching leaves it to the next level.
 Setting = tuple[Conditional, ...]
 
+#: Statistics of a model: (`ModelRef.key`, their folder or the data that they are measured on).
+Measurement = tuple[str, "str | MeasuredData"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceUse:
@@ -50,8 +56,16 @@ class SourceUse:
     """Its layers [begin, end); None for the whole model."""
     statistics: str | None = None
     """Folder of statistics measured on the model, for the methods that use them."""
+    data: MeasuredData | None = None
+    """What to measure the model on, if there are no statistics yet."""
     where: str = field(default="", compare=False, repr=False)
     """Key path in the file ("slices[0].sources[1]"), for errors."""
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """Whose statistics these are, and where they are or what they are measured on; None without any."""
+        source = self.statistics or self.data
+        return None if source is None else (self.model.key, source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +148,14 @@ class Recipe:
     it; leave it out."""
     vocabulary: Literal["union", "base", "pad", "truncate"] | None = None
     """Vocabularies of different size: None refuses."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of tensors that are not merged by statistics though they have some: names with * ? [ as in a
+    shell, or parts of names."""
+    fallback: Literal["mean", "base", "first", "error"] | ModelRef = "mean"
+    """What becomes of excluded tensors, and of those that should have statistics and have none."""
+    heads: Literal["merge", "label-aware", "keep", "exclude"] | ModelRef | None = None
+    """Classification heads: merge as they are; match rows by label; keep each model's beside the output;
+    leave out; keep one model's. None merges heads of equal labels and refuses others."""
     gradient_tail: Literal["first", "last"] = "first"
     """Value of a gradient for tensors after the layers (final norm, lm_head): the first, or, as
     in files written before March 2025, the last."""
@@ -174,6 +196,12 @@ class Recipe:
                 mapping[key] = getattr(self, key)
         if self.tokenizer:
             mapping["tokenizer"] = self.tokenizer.to_mapping()
+        if self.exclude:
+            mapping["exclude"] = list(self.exclude)
+        if self.fallback != "mean":
+            mapping["fallback"] = _policy_value(self.fallback, "model")
+        if self.heads is not None:
+            mapping["heads"] = _policy_value(self.heads, "keep")
         mapping |= {"missing": self.missing, "gradient_tail": self.gradient_tail, "seed": self.seed}
         return mapping
 
@@ -207,6 +235,11 @@ def load_recipes(
     return read_recipes(source, strict=strict)
 
 
+def _policy_value(policy: str | ModelRef, key: str) -> Any:
+    """Return a policy's name, or {key: the model that it names}."""
+    return {key: policy.to_value()} if isinstance(policy, ModelRef) else policy
+
+
 def _module_mapping(module: Module, lists_base: bool) -> dict[str, Any]:
     mapping: dict[str, Any] = {"slices": [_slice_mapping(each, lists_base) for each in module.slices]}
     if module.parameters:
@@ -230,6 +263,8 @@ def _use_mapping(use: SourceUse) -> dict[str, Any]:
         mapping["layer_range"] = list(use.layer_range)
     if use.statistics is not None:
         mapping["statistics"] = use.statistics
+    if use.data is not None:
+        mapping["data"] = use.data.to_mapping()
     if use.parameters:
         mapping["parameters"] = _parameters_mapping(use.parameters)
     return mapping

@@ -21,6 +21,7 @@ from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.origin import join
 from raymerge.cluster.reading import Reading, has_sparsify
 from raymerge.cluster.recipe import LayerSlice, Module, Setting, SourceUse
+from raymerge.cluster.recipe_data import MeasuredData, make_data, read_data_keys
 from raymerge.cluster.setting import as_whole_number, shown
 from raymerge.merge_actors.errors import RecipeError
 
@@ -73,7 +74,7 @@ def _read_module(name: str, raw: Mapping[str, Any], where: str, around: _Around,
         place = join(where, "models")
         entries = reading.require_list(raw["models"], place)
         uses = [
-            _read_use(each, f"{place}[{i}]", ("model", "statistics", "parameters"), reading)
+            _read_use(each, f"{place}[{i}]", ("model", "statistics", "data", "parameters"), reading)
             for i, each in enumerate(entries)
         ]
         slices: tuple[LayerSlice, ...] = (_with_base(uses, {}, place, around, reading, may_copy=False),)
@@ -91,7 +92,7 @@ def _read_slice(raw: Any, where: str, around: _Around, reading: Reading) -> Laye
     mapping = reading.require_mapping(raw, where)
     reading.check_keys(mapping, ("sources", "base_model", "parameters"), where)
     place = join(where, "sources")
-    known = ("model", "layer_range", "statistics", "parameters")
+    known = ("model", "layer_range", "statistics", "data", "parameters")
     entries = reading.require_list(mapping.get("sources"), place)
     uses = [_read_use(each, f"{place}[{i}]", known, reading) for i, each in enumerate(entries)]
     if mapping.get("base_model") is not None:
@@ -104,7 +105,9 @@ def _read_slice(raw: Any, where: str, around: _Around, reading: Reading) -> Laye
 
 def _read_use(raw: Any, where: str, known: tuple[str, ...], reading: Reading) -> SourceUse:
     if isinstance(raw, str):
-        return SourceUse(model=reading.model(raw, where), where=where)
+        return SourceUse(
+            model=reading.model(raw, where), data=make_data(reading.data, "data", reading), where=where
+        )
     mapping = reading.require_mapping(raw, where)
     if mapping.get("model") is None:
         raise reading.origin.error(where, "lacks 'model', the model that it is about.")
@@ -112,22 +115,37 @@ def _read_use(raw: Any, where: str, known: tuple[str, ...], reading: Reading) ->
     layer_range = None
     if "layer_range" in known and mapping.get("layer_range") is not None:
         layer_range = _read_range(mapping["layer_range"], join(where, "layer_range"), reading)
-    statistics = mapping.get("statistics")
-    if statistics is not None and not (isinstance(statistics, str) and statistics):
-        raise reading.origin.error(
-            join(where, "statistics"),
-            f"is {shown(statistics)}; it must be the folder of a model's statistics.",
-        )
-    if statistics is not None and reading.method.statistic is None:
-        reading.warn(join(where, "statistics"), f"has no effect: {reading.method.name} uses no statistics")
-        statistics = None
+    statistics, data = _read_statistics(mapping, where, reading)
     return SourceUse(
         model=reading.model(mapping["model"], join(where, "model")),
         statistics=statistics,
+        data=data,
         parameters=reading.settings(mapping, where, of_one_model=True),
         layer_range=layer_range,
         where=where,
     )
+
+
+def _read_statistics(
+    mapping: Mapping[str, Any], where: str, reading: Reading
+) -> tuple[str | None, MeasuredData | None]:
+    """Return a model's statistics, measured already or to be measured on data."""
+    statistics = mapping.get("statistics")
+    key = join(where, "statistics")
+    if statistics is not None and not (isinstance(statistics, str) and statistics):
+        raise reading.origin.error(
+            key, f"is {shown(statistics)}; it must be the folder of a model's statistics."
+        )
+    if statistics is not None and reading.method.statistic is None:
+        reading.warn(key, f"has no effect: {reading.method.name} uses no statistics")
+        statistics = None
+    place = join(where, "data")
+    own = read_data_keys(mapping.get("data"), place, reading)
+    if statistics is not None:
+        if own:
+            raise reading.origin.error(place, "stands beside 'statistics'; keep one.")
+        return statistics, None
+    return None, make_data({**reading.data, **own}, place if own else "data", reading)
 
 
 def _read_range(raw: Any, key: str, reading: Reading) -> tuple[int, int]:

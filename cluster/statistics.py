@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.cluster.connect import connected_for_statistics
-from raymerge.cluster.model_ref import parse_model
+from raymerge.cluster.model_ref import ModelRef, parse_model
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.cluster.statistics_run import OUTPUT, StatisticsRun, journal_path
@@ -55,7 +55,7 @@ class StatisticsResult:
 
 
 def collect_statistics(
-    model: str,
+    model: str | ModelRef,
     out: str | os.PathLike[str],
     options: StatisticsOptions,
     *,
@@ -75,10 +75,10 @@ def collect_statistics(
         RaymergeError: with one sentence for the user; `out` is then as it was before.
     """
     started = time.monotonic()
-    ref = parse_model(model)
+    ref = parse_model(model) if isinstance(model, str) else model
     if ref.adapter is not None:
         raise RecipeError(
-            f"{model!r} has an adapter; merge it into its base first (raymerge merge, passthrough)."
+            f"{ref.key!r} has an adapter; merge it into its base first (raymerge merge, passthrough)."
         )
     folder = RunFolder(os.fspath(out))
     checkpoint = open_checkpoint(

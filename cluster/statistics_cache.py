@@ -6,25 +6,45 @@ and the settings. How many workers there were, or where the data lie, does not m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import xxhash
 
-from raymerge.cluster.model_ref import parse_model
+from raymerge.cluster.model_ref import ModelRef, parse_model
 from raymerge.cluster.statistics import collect_statistics
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
-from raymerge.merge_actors.checkpoint.folder import open_checkpoint
+from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.stats.calibration_data import CalibrationData, tokenizer_fingerprint
+from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST
+
+#: A plan tokenises about so many rows.
+_ROWS_COUNTED = 2000
+
+
+def find_cached(checkpoint: Checkpoint, options: StatisticsOptions) -> str | None:
+    """Return the folder of a model's statistics if the cache has them.
+
+    Args:
+        checkpoint: the model.
+        options: what is wanted; where it would be measured does not matter.
+
+    Raises:
+        RaymergeError: the data cannot be read, or the model has no tokenizer.
+    """
+    folder = _entry(checkpoint, options)
+    return folder if os.path.exists(os.path.join(folder, MANIFEST)) else None
 
 
 def cached_statistics(
-    model: str,
+    model: str | ModelRef,
     options: StatisticsOptions,
     *,
     on_remark: Callable[[str], None] = lambda line: None,
@@ -32,7 +52,7 @@ def cached_statistics(
 ) -> str:
     """Return the folder of a model's statistics, measured now unless they are in the cache.
 
-    A run that was stopped is taken up where it was.
+    A run that was stopped is taken up where it was; one that another process is making is waited for.
 
     Args:
         model: folder or Hub id, path[@revision].
@@ -43,19 +63,48 @@ def cached_statistics(
     Raises:
         RaymergeError: the model cannot be measured.
     """
-    folder = os.path.join(cache_folder(), "statistics", _key(model, options))
-    if not os.path.exists(os.path.join(folder, MANIFEST)):
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        options = dataclasses.replace(options, resume=True, overwrite=False)
-        collect_statistics(model, folder, options, on_remark=on_remark, on_progress=on_progress)
+    ref = parse_model(model) if isinstance(model, str) else model
+    found = locate(ref.path, ref.revision, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(found, allow_pickle=options.allow_pickle)
+    folder = _entry(checkpoint, options)
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with _one_at_a_time(folder + ".lock"):
+        if not os.path.exists(os.path.join(folder, MANIFEST)):
+            options = dataclasses.replace(options, resume=True, overwrite=False)
+            collect_statistics(ref, folder, options, on_remark=on_remark, on_progress=on_progress)
     return folder
 
 
-def _key(model: str, options: StatisticsOptions) -> str:
-    ref = parse_model(model)
-    checkpoint = open_checkpoint(
-        locate(ref.path, ref.revision, allow_pickle=options.allow_pickle), allow_pickle=options.allow_pickle
-    )
+def count_tokens(checkpoint: Checkpoint, spec: DataSpec) -> tuple[int, int, bool]:
+    """Return rows and tokens of the data of a model, and whether the tokens are all counted.
+
+    Of many rows a few shards are tokenised and the rest estimated.
+    """
+    data = CalibrationData(spec, checkpoint.folder, checkpoint.config)
+    num_rows = len(data.rows.texts)
+    step = max(1, num_rows // _ROWS_COUNTED)
+    shards = range(0, data.num_shards, step)
+    examples = [example for number in shards for example in data.shard(number)]
+    counted = sum(len(each.input_ids) + len(each.target_ids or ()) for each in examples)
+    return num_rows, round(counted * data.num_shards / max(1, len(shards))), step == 1
+
+
+def _entry(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
+    return os.path.join(cache_folder(), "statistics", _key(checkpoint, options))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: str) -> Iterator[None]:
+    """Hold a lock file; wait for another process that makes the same entry."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _key(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
     data = CalibrationData(options.data, checkpoint.folder, checkpoint.config)
     parts = {
         "format": FORMAT_VERSION,

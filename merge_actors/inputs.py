@@ -124,18 +124,20 @@ def _mark_rows(read: Read, piece: Piece, *, replaced: bool) -> torch.Tensor:
 
 
 def _fill_missing_rows(piece: Piece, inputs: list[torch.Tensor]) -> None:
-    """Give a row that a model lacks the base's row, else the mean over the models that have it."""
+    """Give a row that a model lacks the base's row, else the weighted mean over the models that have it."""
     import torch
 
     rows = [tensor.view(-1, _num_columns(piece)) for tensor in inputs]
     present = [_mark_rows(read, piece, replaced=False) for read in piece.reads]
     base = piece.jobs[0].base
-    num_present_R = torch.stack(present).sum(dim=0)
     total_RD = torch.zeros(rows[0].shape, dtype=torch.float32)
+    weight_R = torch.zeros(len(total_RD), dtype=torch.float32)
     # In the order of the models' names, which is the same whatever the order in the recipe.
     for i in sorted(range(len(rows)), key=lambda i: (piece.reads[i].model, piece.reads[i].tensor)):
-        total_RD[present[i]] += rows[i][present[i]].float()
-    filled_RD = total_RD / num_present_R.clamp(min=1).unsqueeze(1)
+        weight = piece.reads[i].fill_weight
+        total_RD[present[i]] += rows[i][present[i]].float() * weight
+        weight_R[present[i]] += weight
+    filled_RD = total_RD / weight_R.masked_fill(weight_R == 0, 1).unsqueeze(1)
     if base is not None:
         filled_RD = torch.where(present[base].unsqueeze(1), rows[base].float(), filled_RD)
     for tensor, has_R, read in zip(rows, present, piece.reads, strict=True):

@@ -71,6 +71,8 @@ class Read:
     row_runs: tuple[RowRun, ...] | None = None
     """For a vocabulary that differs: which rows of the file make the rows of the tensor;
     rows in no run are filled from the base, else from the mean of the models that have them."""
+    fill_weight: float = 1.0
+    """The model's share in that mean."""
 
     def shifted(self, num_elements: int) -> Read:
         """Return the read of a part that begins so many elements after the tensor's first."""

@@ -56,7 +56,7 @@ class Statistics:
     modules: Mapping[str, Module]
     """By the name of the weight tensor in the checkpoint."""
     manifest: Mapping[str, Any]
-    fingerprint: str
+    fingerprint: str = ""
     """128 bits in hex over headers, lengths and samples of the files, and the manifest."""
 
     @property
@@ -135,19 +135,8 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
     """
     folder = os.path.abspath(os.path.expanduser(os.fspath(path)))
     manifest = _read_manifest(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for file in manifest["files"]:
-        tensors |= read_header(os.path.join(folder, file))[0]
     kind: StatisticsKind = manifest["kind"]
-    field = "gram" if kind == "gram" else "fisher"
-    modules = {}
-    for name, entry in manifest["modules"].items():
-        tensor = tensors.get(entry[field])
-        if tensor is None:
-            raise CheckpointError(
-                f"the statistics {folder} name {entry[field]!r} for {name}, but no file holds it; measure again."
-            )
-        modules[name] = _module(folder, name, entry, tensor, kind)
+    modules = read_modules(folder, manifest["files"], manifest["modules"], kind)
     return Statistics(
         path=folder,
         kind=kind,
@@ -160,6 +149,29 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
 def _fingerprint(tensors: list[TensorInfo], manifest: Mapping[str, Any]) -> str:
     of_files = fingerprint(tensors, sorted({tensor.file for tensor in tensors}))
     return xxhash.xxh3_128_hexdigest(f"{of_files}{json.dumps(manifest)}".encode())
+
+
+def read_modules(
+    folder: str, files: Iterable[str], entries: Mapping[str, Mapping[str, Any]], kind: StatisticsKind
+) -> dict[str, Module]:
+    """Read the headers of statistics files, and find what the entries of a manifest are about.
+
+    Raises:
+        CheckpointError: no file holds what an entry names, or it has another shape.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_header(os.path.join(folder, file))[0]
+    modules = {}
+    for name, entry in entries.items():
+        key = entry["gram" if kind == "gram" else "fisher"]
+        tensor = tensors.get(key)
+        if tensor is None:
+            raise CheckpointError(
+                f"the statistics {folder} name {key!r} for {name}, but no file holds it; measure again."
+            )
+        modules[name] = _module(folder, name, entry, tensor, kind)
+    return modules
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:

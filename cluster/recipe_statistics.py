@@ -1,0 +1,171 @@
+"""Find the statistics that recipes merge by: named folders, or cached ones of the data that they name.
+
+What a recipe wants measured and the cache does not hold is returned, not measured: planning reads
+headers, data and tokenizers only. `measure_missing` then measures it on the cluster of the merge.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymerge.cluster.matched import LoadedModel
+from raymerge.cluster.model_ref import ModelRef
+from raymerge.cluster.opened import OpenedInputs
+from raymerge.cluster.recipe import Measurement, Recipe, SourceUse
+from raymerge.cluster.recipe_data import MeasuredData
+from raymerge.cluster.statistics_cache import cached_statistics, count_tokens, find_cached
+from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
+from raymerge.merge_actors.errors import MismatchError, RecipeError
+from raymerge.merge_actors.methods import METHODS
+from raymerge.stats.statistics_file import Statistics, StatisticsKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToMeasure:
+    """A model that has to be measured before a recipe can be merged."""
+
+    key: str
+    """`ModelRef.key`, as the recipe calls it."""
+    model: ModelRef
+    """Where workers find it."""
+    kind: StatisticsKind
+    data: MeasuredData
+    allow_pickle: bool
+
+    def options(self, **where: Any) -> StatisticsOptions:
+        """Return what `collect_statistics` is told; `where` says on what it runs."""
+        return StatisticsOptions(
+            kind=self.kind,
+            data=self.data.spec,
+            estimator=self.data.estimator,
+            allow_pickle=self.allow_pickle,
+            **where,
+        )
+
+
+@dataclass(slots=True)
+class FoundStatistics:
+    """The statistics of some recipes."""
+
+    found: dict[Measurement, Statistics] = field(default_factory=dict)
+    missing: dict[tuple[Measurement, StatisticsKind], ToMeasure] = field(default_factory=dict)
+
+
+def find_statistics(
+    recipes: Sequence[Recipe],
+    models: Mapping[str, LoadedModel],
+    opened: OpenedInputs,
+    *,
+    allow_pickle: bool,
+) -> FoundStatistics:
+    """Open all statistics of some recipes and check them against their models.
+
+    Args:
+        recipes: recipes of one wave.
+        models: by `ModelRef.key`.
+        opened: keeps what has been opened.
+        allow_pickle: read PyTorch `.bin` files.
+
+    Raises:
+        RecipeError: a model has neither statistics nor data, or the data do not fit it.
+        MismatchError: statistics of another kind or of another model.
+        CheckpointError: statistics are absent or cannot be read.
+    """
+    both = FoundStatistics()
+    for recipe in recipes:
+        kind = METHODS[recipe.merge_method].statistic
+        if kind is None:
+            continue
+        for use in (use for _, layers in recipe.slices() for use in layers.sources):
+            measurement = use.measurement
+            _check_use(recipe, use, kind)
+            assert measurement is not None
+            path = use.statistics
+            if use.data is not None:
+                wanted = _to_measure(use, use.data, models[use.model.key], kind, opened, allow_pickle)
+                path = opened.cached_statistics.get((measurement, kind)) or find_cached(
+                    models[use.model.key].checkpoint, wanted.options()
+                )
+                if path is None:
+                    both.missing[measurement, kind] = wanted
+                    continue
+                opened.cached_statistics[measurement, kind] = path
+            assert path is not None
+            statistics = opened.open_statistics(path)
+            if statistics.kind != kind:
+                raise MismatchError(
+                    f"the statistics {path} are of kind {statistics.kind}, but {recipe.merge_method} needs {kind}"
+                )
+            statistics.check_against(models[use.model.key].checkpoint)
+            both.found[measurement] = statistics
+    return both
+
+
+def measure_missing(
+    missing: Sequence[ToMeasure],
+    *,
+    where: Mapping[str, Any],
+    on_remark: Callable[[str], None],
+    on_progress: Callable[[StatisticsProgress], None],
+) -> None:
+    """Measure models into the cache, one after the other, each on all workers.
+
+    Args:
+        missing: what `find_statistics` did not find.
+        where: `workers`, `device` and `in_process` of `StatisticsOptions`.
+        on_remark: gets sentences for the user.
+        on_progress: called about twice a second.
+
+    Raises:
+        RaymergeError: a model cannot be measured.
+    """
+    for number, each in enumerate(missing):
+        of_all = f" ({number + 1} of {len(missing)})" if len(missing) > 1 else ""
+        on_remark(f"note: measuring {each.key}{of_all}: {each.kind} statistics on {each.data.spec.source}")
+        cached_statistics(each.model, each.options(**where), on_remark=on_remark, on_progress=on_progress)
+
+
+def describe_missing(each: ToMeasure, model: LoadedModel) -> dict[str, Any]:
+    """Return what measuring would take, for a plan: rows and tokens of the data."""
+    rows, tokens, is_exact = count_tokens(model.checkpoint, each.data.spec)
+    return {
+        "model": each.key,
+        "kind": each.kind,
+        "data": each.data.to_mapping(),
+        "num_rows": rows,
+        "num_tokens": tokens,
+        "num_tokens_is_exact": is_exact,
+    }
+
+
+def _check_use(recipe: Recipe, use: SourceUse, kind: StatisticsKind) -> None:
+    at = recipe.origin.at(use.where)
+    if use.measurement is None:
+        raise RecipeError(
+            f"{at}: {recipe.merge_method} needs statistics of {use.model.key}; measure them with raymerge stats "
+            f"--kind {kind} and name their folder: statistics: PATH, or name data to measure it on: data: PATH"
+        )
+    if use.model.adapter is not None:
+        raise MismatchError(
+            f"{at}: {use.model.key} has an adapter, and statistics are measured on whole checkpoints: merge the "
+            "adapter into its model first (passthrough, an earlier document of the same file will do), and "
+            "name the result"
+        )
+
+
+def _to_measure(
+    use: SourceUse,
+    data: MeasuredData,
+    model: LoadedModel,
+    kind: StatisticsKind,
+    opened: OpenedInputs,
+    allow_pickle: bool,
+) -> ToMeasure:
+    """Name the model as workers find it: by its folder, or on the Hub."""
+    ref = ModelRef(path=use.model.path, revision=use.model.revision)
+    if (ref.path, ref.revision) not in opened.hub_models:
+        ref = ModelRef(path=os.path.abspath(model.checkpoint.path))
+    return ToMeasure(key=use.model.key, model=ref, kind=kind, data=data, allow_pickle=allow_pickle)
