@@ -27,6 +27,13 @@ class Files:
         """Read files of `folder` from the folder `here`: a node's own copy of a model."""
         self._moved[folder] = here
 
+    def located(self, path: str) -> str:
+        """Return where this node has a file."""
+        if not self._moved:
+            return path
+        folder, name = os.path.split(path)
+        return os.path.join(self._moved[folder], name) if folder in self._moved else path
+
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `offset`.
 
@@ -79,9 +86,7 @@ class Files:
         with self._lock:
             found = self._descriptors.get((path, flags))
             if found is None:
-                folder, name = os.path.split(path)
-                here = os.path.join(self._moved[folder], name) if folder in self._moved else path
-                found = self._descriptors[path, flags] = os.open(here, flags | os.O_CLOEXEC)
+                found = self._descriptors[path, flags] = os.open(self.located(path), flags | os.O_CLOEXEC)
             return found
 
 

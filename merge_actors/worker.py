@@ -102,6 +102,11 @@ class MergeWorker:
         self._prepared: dict[int, bool] = {}
         self._merging: threading.Lock | None = threading.Lock() if device.type == "cpu" else None
 
+    def begin(self, context: RunContext) -> None:
+        """Become the worker of another run on the same device, with the buffers that are there."""
+        self.context = context
+        self._prepared = {}
+
     def check(self) -> str:
         """Check that this node sees every path of the run; return the node's host name.
 

@@ -1,0 +1,100 @@
+"""Inputs that stay in memory between merges: files mapped once, with all their pages.
+
+The pages are those of the kernel's cache, so the evaluators of a node share them, and a file costs
+the disk one pass. On a GPU a file is copied to the device as far as that has room; what is not
+there goes through pinned buffers like every other merge.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MappedSources:
+    """Whole files as tensors of bytes, up to a bound."""
+
+    def __init__(self, budget_bytes: int, *, device: str = "cpu", device_budget_bytes: int = 0) -> None:
+        """Take the bounds; nothing is mapped yet.
+
+        Args:
+            budget_bytes: of all files together, in host memory. What comes later is not mapped.
+            device: where the copies are, if they fit.
+            device_budget_bytes: of the copies on the device.
+        """
+        self._left = budget_bytes
+        self._device, self._device_left = device, device_budget_bytes
+        self._files: dict[str, torch.Tensor | None] = {}
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+        """Bytes of the files that were mapped so far: what was read from the disk, or its cache."""
+        self.num_device_bytes = 0
+        """Bytes of the copies on the device."""
+
+    def find(self, path: str) -> torch.Tensor | None:
+        """Return a file's bytes, not to be written to; None where there was no room for it, or no such file."""
+        if path in self._files:
+            return self._files[path]
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = self._map(path)
+            return self._files[path]
+
+    def _map(self, path: str) -> torch.Tensor | None:
+        try:
+            num_bytes = os.path.getsize(path)
+            if not 0 < num_bytes <= self._left:
+                return None
+            with open(path, "rb") as file:
+                # On Linux all pages at once: touching them one by one is twenty times slower.
+                populate = getattr(mmap, "MAP_POPULATE", 0)
+                memory = mmap.mmap(
+                    file.fileno(), num_bytes, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ
+                )
+        except OSError:
+            return None  # who reads it the ordinary way is told what is wrong
+        raw = _tensor_over(memory)
+        self._left -= num_bytes
+        self.num_bytes += num_bytes
+        if num_bytes <= self._device_left:
+            self._device_left -= num_bytes
+            self.num_device_bytes += num_bytes
+            return raw.to(self._device)
+        return raw
+
+
+def available_bytes() -> int:
+    """Return the host memory that can be used without swapping: caches that can be dropped count."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(free, _control_group_bytes())
+
+
+def _control_group_bytes() -> int:
+    """Return what the process's container may still allocate; caches that can be dropped count."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            most = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            used = dict(line.split() for line in file)
+    except (OSError, ValueError):  # no container, or "max"
+        return 1 << 62
+    return max(0, most - int(used.get("anon", 0)) - int(used.get("shmem", 0)))
+
+
+def _tensor_over(memory: mmap.mmap) -> torch.Tensor:
+    import torch
+
+    with warnings.catch_warnings():
+        # The mapping is read-only, and nobody writes to a source.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(memory, dtype=torch.uint8)

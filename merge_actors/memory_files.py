@@ -1,0 +1,148 @@
+"""Files of which some are memory: what makes a merge worker write into a model instead of a checkpoint.
+
+An evaluator merges by the ordinary plan and the ordinary worker; only the files are others. Outputs are
+tensors in memory, one per output tensor, so each starts at an address that every kernel likes. Inputs
+are mapped once (`MappedSources`) as far as memory allows, and then never read from the disk again; the
+others are read by slices as always.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raymerge.merge_actors.checkpoint.layout import Layout
+from raymerge.merge_actors.dtypes import torch_dtype
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.mapped_sources import MappedSources
+
+if TYPE_CHECKING:
+    import torch
+
+#: Alignment of each output tensor: what cuBLAS and vector units want at most.
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputFile:
+    """A file that is memory: its tensors by their place."""
+
+    begins: Sequence[int]
+    """First byte of each tensor, ascending."""
+    bytes_of: Sequence[torch.Tensor]
+    """Each tensor as uint8."""
+
+
+class MemoryFiles(Files):
+    """Open files, some of which are tensors."""
+
+    def __init__(self, sources: MappedSources | None = None) -> None:
+        """Make files without any output.
+
+        Args:
+            sources: inputs that are kept in memory; None reads all of them by slices.
+        """
+        super().__init__()
+        self._sources = sources
+        self._outputs: dict[str, _OutputFile] = {}
+        self._counting = threading.Lock()
+        self._sliced_bytes = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from the disk, or its cache, so far; a mapped file counts once, whole."""
+        return self._sliced_bytes + (self._sources.num_bytes if self._sources else 0)
+
+    def lay_out(
+        self, folder: str, layout: Layout, shapes: Mapping[str, tuple[str, tuple[int, ...]]], device: str
+    ) -> dict[str, torch.Tensor]:
+        """Make the tensors of an output in one piece of memory; a folder laid out before is replaced.
+
+        Args:
+            folder: the output's folder in the plan; nothing of it exists on a disk.
+            layout: its files.
+            shapes: dtype and shape of every tensor, by name.
+            device: where the memory is.
+
+        Returns:
+            the tensors by name, uninitialised, in the order of the layout.
+        """
+        import torch
+
+        self.drop(folder)
+        places = [(file, name, *place) for file in layout.files for name, place in file.tensors.items()]
+        total = sum(_aligned(end - begin) for _, _, begin, end in places)
+        memory = torch.empty(total + _ALIGNMENT, dtype=torch.uint8, device=device)
+        at = -memory.data_ptr() % _ALIGNMENT
+        tensors: dict[str, torch.Tensor] = {}
+        in_file: dict[str, list[tuple[int, torch.Tensor]]] = {file.name: [] for file in layout.files}
+        for file, name, begin, end in places:
+            raw = memory[at : at + end - begin]
+            dtype, shape = shapes[name]
+            tensors[name] = raw.view(torch_dtype(dtype)).view(shape)
+            if end > begin:
+                in_file[file.name].append((begin, raw))
+            at += _aligned(end - begin)
+        for file_name, found in in_file.items():
+            found.sort(key=lambda each: each[0])
+            self._outputs[f"{folder}/{file_name}"] = _OutputFile(
+                [begin for begin, _ in found], [raw for _, raw in found]
+            )
+        return tensors
+
+    def drop(self, folder: str) -> None:
+        """Forget the outputs of a folder."""
+        for path in [path for path in self._outputs if path.rpartition("/")[0] == folder]:
+            del self._outputs[path]
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from memory, else from the file."""
+        mapped = self.view(path, offset, len(buffer))
+        if mapped is not None:
+            if len(buffer):
+                buffer[:] = mapped.cpu().numpy().data
+            return
+        super().read_into(path, offset, buffer)
+        with self._counting:
+            self._sliced_bytes += len(buffer)
+
+    def view(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
+        """Return bytes of an input that is in memory, not to be written to; None if it is not."""
+        if self._sources is None:
+            return None
+        source = self._sources.find(self.located(path))
+        if source is None or offset + num_bytes > source.numel():
+            return None  # the ordinary way of reading says what is wrong with a file that ends early
+        return source[offset : offset + num_bytes]
+
+    def output(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
+        """Return the memory that `num_bytes` of an output are to be written to; None if it is a file."""
+        file = self._outputs.get(path)
+        if file is None:
+            return None
+        number = bisect.bisect_right(file.begins, offset) - 1
+        first = offset - file.begins[number] if number >= 0 else math.inf
+        if number < 0 or first + num_bytes > file.bytes_of[number].numel():
+            raise OutputError(f"{path} has no tensor at bytes [{offset}, {offset + num_bytes})")
+        return file.bytes_of[number][int(first) : int(first) + num_bytes]
+
+    def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Write `buffer` to memory, else to the file."""
+        if not len(buffer):
+            return
+        target = self.output(path, offset, len(buffer))
+        if target is None:
+            super().write_from(path, offset, buffer)
+            return
+        import torch
+
+        target.copy_(torch.frombuffer(buffer, dtype=torch.uint8))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
