@@ -17,6 +17,8 @@ from raymerge.cluster.campaign import (
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan
 from raymerge.cluster.progress import gib
+from raymerge.cluster.recipe_statistics import describe_missing
+from raymerge.merge_actors.methods import METHODS
 
 #: Tasks of a worker that hold buffers at once, as `merge_actors.worker.NUM_LANES` says.
 _NUM_LANES = 2
@@ -43,6 +45,7 @@ def plan_report(
         **_figures(wave.plan),
         "recipes": [_recipe_report(plan) for plan in wave.plan.recipes],
         "inputs": _inputs(wave),
+        "to_measure": [describe_missing(each, wave.models[each.key]) for each in wave.missing],
         "later": [recipe.name for later in ordered[1:] for recipe in later],
         "remarks": [*remarks, *wave.remarks],
     }
@@ -64,11 +67,18 @@ def plan_text(report: dict[str, Any]) -> str:
         lines.append(
             f"  input {model['model']}: {model['num_parameters']:,} parameters, {gib(model['num_bytes'])}"
         )
+    for each in report["to_measure"]:
+        about = "" if each["num_tokens_is_exact"] else "about "
+        lines.append(
+            f"  to measure {each['model']}: {each['kind']} statistics on {each['data']['path']}, {each['num_rows']:,} "
+            f"rows, {about}{each['num_tokens']:,} tokens"
+        )
     for recipe in report["recipes"]:
         lines.append(
             f"recipe {recipe['name']}: {recipe['method']}, {len(recipe['tensors']):,} tensors, "
             f"{gib(recipe['write_bytes'])} in {recipe['num_files']} files"
         )
+        lines += _coverage_text(recipe)
         counts = Counter((row["treatment"], row["dtype"]) for row in recipe["tensors"])
         lines += [
             f"  {count:>7,} x {treatment} -> {dtype}" for (treatment, dtype), count in counts.most_common()
@@ -76,6 +86,40 @@ def plan_text(report: dict[str, Any]) -> str:
     if report["later"]:
         lines.append(f"planned when their inputs exist: {', '.join(report['later'])}")
     return "\n".join(lines)
+
+
+def _coverage_text(recipe: dict[str, Any]) -> list[str]:
+    """Say how much of a model is merged by statistics, and which tensors are not."""
+    if "coverage" not in recipe:
+        return []
+    coverage = recipe["coverage"]
+    what = "linear maps solved" if coverage["kind"] == "gram" else "tensors merged by Fisher values"
+    line = f"  {coverage['num_measured']:,} of {coverage['num_expected']:,} {what}"
+    for key, words in (("excluded", "excluded"), ("fallback", "by fallback")):
+        if names := coverage[key]:
+            more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+            line += f", {len(names):,} {words} ({', '.join(names[:5])}{more})"
+    return [line]
+
+
+def _coverage(plan: RecipePlan) -> dict[str, Any]:
+    """Return which tensors are merged by statistics, if the recipe's method uses any."""
+    kind = METHODS[plan.recipe.merge_method].statistic
+    if kind is None:
+        return {}
+    names: dict[str, list[str]] = {"measured": [], "excluded": [], "fallback": []}
+    for tensor in plan.tensors:
+        if tensor.coverage:
+            names[tensor.coverage].append(tensor.name)
+    return {
+        "coverage": {
+            "kind": kind,
+            "num_expected": sum(map(len, names.values())),
+            "num_measured": len(names["measured"]),
+            "excluded": names["excluded"],
+            "fallback": names["fallback"],
+        }
+    }
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
@@ -99,6 +143,7 @@ def _recipe_report(plan: RecipePlan) -> dict[str, Any]:
         "method": plan.recipe.merge_method,
         "write_bytes": plan.layout.num_bytes,
         "num_files": len(plan.layout.files),
+        **_coverage(plan),
         "tensors": [
             {
                 "name": tensor.name,

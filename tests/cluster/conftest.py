@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.methods.interface import Method, Parameter, Settings, Sparsifier
+from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST, write_json
 
 
 def _never(*_: Any) -> Any:
@@ -163,3 +165,30 @@ def _write_tokenizer(folder: Path, tokens: Sequence[str], added: Sequence[str] =
 def write_token_model() -> Callable[..., Path]:
     """Return a writer of tiny model folders whose rows say where they come from."""
     return _write_token_model
+
+
+def _write_statistics(
+    folder: Path, model: Path, kind: str, tensors: Mapping[str, Any], modules: Mapping[str, Any]
+) -> None:
+    """Write a folder of statistics of a model: tensors, and the rows of the manifest's modules."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    save_file(dict(tensors), folder / "part.safetensors")
+    checkpoint = open_checkpoint(model)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": {"path": str(model), "fingerprint": checkpoint.fingerprint},
+        "num_tokens": 100,
+        "modules": modules,
+        "coverage": {"linear_maps": list(modules), "uncovered": [], "tied": []},
+        "files": ["part.safetensors"],
+    }
+    write_json(str(folder / MANIFEST), manifest)
+
+
+@pytest.fixture
+def write_statistics() -> Callable[..., None]:
+    """Return a writer of statistics: (folder, model, kind, tensors, modules)."""
+    return _write_statistics

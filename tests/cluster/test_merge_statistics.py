@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from raymerge.cluster.campaign import plan_wave
 from raymerge.cluster.manifest import MANIFEST_NAME
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import load_recipes
-from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods.gram_matrix import pack_upper
-from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST, write_json
+from raymerge.stats.statistics_file import MANIFEST
 
 O1, O2, I = 7, 5, 12  # noqa: E741 - the house letter for input features
 
@@ -38,26 +37,10 @@ def write_model(folder: Path, seed: int) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_statistics(
-    folder: Path, model: Path, kind: str, tensors: Mapping[str, np.ndarray], modules: Mapping[str, Any]
-) -> None:
-    folder.mkdir()
-    save_file(dict(tensors), folder / "part.safetensors")
-    checkpoint = open_checkpoint(model)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "model": {"path": str(model), "fingerprint": checkpoint.fingerprint},
-        "num_tokens": 100,
-        "modules": modules,
-        "coverage": {"linear_maps": list(modules), "uncovered": [], "tied": []},
-        "files": ["part.safetensors"],
-    }
-    write_json(str(folder / MANIFEST), manifest)
-
-
 @pytest.fixture
-def measured(tmp_path: Path) -> tuple[list[Path], list[dict[str, np.ndarray]], list[np.ndarray]]:
+def measured(
+    tmp_path: Path, write_statistics: Callable[..., None]
+) -> tuple[list[Path], list[dict[str, np.ndarray]], list[np.ndarray]]:
     """Two models, and Gram statistics of each in a folder beside it."""
     folders, weights, inputs = [], [], []
     for number in range(2):
@@ -138,7 +121,7 @@ def test_models_in_another_order_give_the_same_bytes(measured: Any, tmp_path: Pa
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_fisher_weights_elements(tmp_path: Path) -> None:
+def test_fisher_weights_elements(tmp_path: Path, write_statistics: Callable[..., None]) -> None:
     weights, fishers, folders = [], [], []
     for number in range(2):
         folder = tmp_path / f"m{number}"
