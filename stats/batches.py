@@ -69,17 +69,17 @@ def batch_tensors(
         device: where the tensors go.
         side: where padding goes; decoders then get position_ids that begin at the first real token.
     """
-    ids, mask = _pad([each.input_ids for each in examples], pad_id, side)
+    ids, mask = pad([each.input_ids for each in examples], pad_id, side)
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     if any(each.token_type_ids for each in examples):
         types = [each.token_type_ids or (0,) * len(each.input_ids) for each in examples]
-        inputs["token_type_ids"] = _pad(types, 0, side)[0]
+        inputs["token_type_ids"] = pad(types, 0, side)[0]
     if side == "left":
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     target_mask = None
     if start_id is not None:
         shifted = [(start_id, *(each.target_ids or ())[:-1]) for each in examples]
-        inputs["decoder_input_ids"], target_mask = _pad(shifted, pad_id, "right")
+        inputs["decoder_input_ids"], target_mask = pad(shifted, pad_id, "right")
         inputs["decoder_attention_mask"] = target_mask.long()
     return Batch(
         examples=tuple(examples),
@@ -97,7 +97,8 @@ def _lengths(example: Example) -> tuple[int, int]:
     return len(example.input_ids), len(example.target_ids or ())
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay rows of unlike length into one tensor (B, T); return it and where its tokens are."""
     import torch
 
     width = max(len(row) for row in rows)

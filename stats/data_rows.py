@@ -83,16 +83,9 @@ def read_rows(spec: DataSpec) -> Rows:
         RecipeError: there is no such source or column, or no row is left.
     """
     remarks: list[str] = []
-    table = _read_table(spec, remarks)
+    table = read_table(spec, remarks)
     wanted = [spec.text_column, spec.text_pair_column, spec.label_column]
-    for column in wanted:
-        if column is not None and column not in table.column_names:
-            close = difflib.get_close_matches(column, table.column_names, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise RecipeError(
-                f"the data {spec.source!r} have no column {column!r}; they have "
-                f"{', '.join(map(repr, table.column_names))}{hint}."
-            )
+    check_columns(spec, table, [column for column in wanted if column is not None])
     texts, pairs, labels = (None if name is None else table.column(name).to_pylist() for name in wanted)
     assert texts is not None
     _check_texts(spec, texts)
@@ -113,7 +106,7 @@ def read_rows(spec: DataSpec) -> Rows:
             remarks.append(
                 f"the data have {len(kept):,} rows, fewer than the {spec.samples:,} samples asked for"
             )
-        kept = _subset(kept, spec.samples)
+        kept = choose(kept, spec.samples, _SUBSET_SEED)
     return Rows(
         texts=[texts[i] for i in kept],
         pairs=None if pairs is None else [pairs[i] or "" for i in kept],
@@ -122,11 +115,27 @@ def read_rows(spec: DataSpec) -> Rows:
     )
 
 
-def _subset(kept: list[int], samples: int) -> list[int]:
+def check_columns(spec: DataSpec, table: pyarrow.Table, columns: Sequence[str]) -> None:
+    """Check that the data have some columns.
+
+    Raises:
+        RecipeError: naming the column that is missing and those there are.
+    """
+    for column in columns:
+        if column not in table.column_names:
+            close = difflib.get_close_matches(column, table.column_names, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise RecipeError(
+                f"the data {spec.source!r} have no column {column!r}; they have "
+                f"{', '.join(map(repr, table.column_names))}{hint}."
+            )
+
+
+def choose(kept: Sequence[int], samples: int, seed: int) -> list[int]:
     """Take `samples` of the rows, in their order; the subset of fewer samples lies in that of more."""
     import numpy as np
 
-    order = np.random.default_rng(_SUBSET_SEED).permutation(len(kept))
+    order = np.random.default_rng(seed).permutation(len(kept))
     return [kept[i] for i in sorted(order[:samples].tolist())]
 
 
@@ -147,7 +156,16 @@ def _check_texts(spec: DataSpec, texts: Sequence[Any]) -> None:
             )
 
 
-def _read_table(spec: DataSpec, remarks: list[str]) -> pyarrow.Table:
+def read_table(spec: DataSpec, remarks: list[str]) -> pyarrow.Table:
+    """Read all rows and columns.
+
+    Args:
+        spec: source, config and split; the name of a text's only column.
+        remarks: sentences for the user are added.
+
+    Raises:
+        RecipeError: there is no such source, or it cannot be read.
+    """
     path = os.path.expanduser(spec.source)
     if not os.path.exists(path):
         return _read_hub(spec)

@@ -90,7 +90,7 @@ def skeleton(checkpoint: Checkpoint) -> Any:
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     chosen = model_class(checkpoint.config)
-    with _BUILDING, _parameters_on_meta():
+    with building_without_weights():
         model = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
     model.tie_weights()
     return prepared(model)
@@ -104,6 +104,13 @@ def prepared(model: Any) -> Any:
     if hasattr(model, "set_experts_implementation") and model.get_experts_implementation().get(""):
         model.set_experts_implementation("eager")
     return model
+
+
+@contextlib.contextmanager
+def building_without_weights() -> Iterator[None]:
+    """Build models of parameters without memory and of buffers as they are; one thread at a time."""
+    with _BUILDING, _parameters_on_meta():
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,171 @@
+"""Build the transformers model that a task runs, without weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from raymerge.merge_actors.checkpoint.files import read_json
+from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
+from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
+from raymerge.stats.model_loading import building_without_weights
+
+#: Which of transformers' automatic classes makes a model of a kind; {} stands for what the head's config names.
+AUTO_CLASSES: dict[ModelKind, str] = {
+    "language_model": "AutoModelForCausalLM",
+    "sequence_classifier": "AutoModelForSequenceClassification",
+    "token_classifier": "AutoModelForTokenClassification",
+    "encoder": "AutoModel",
+}
+_SEQ2SEQ = "AutoModelForSeq2SeqLM"
+
+
+class Structure:
+    """A transformers model, and where its parameters stand."""
+
+    def __init__(self, module: Any, head: Checkpoint | None, where: str) -> None:
+        """Take a model whose parameters are on the meta device."""
+        self.module = module
+        self.head = head
+        self.where = where
+        """Key path of the first task that runs it, for errors."""
+        self.matched: Sequence[Any] = ()
+        """What `resident` found for each parameter."""
+        self.head_tensors: Mapping[str, Any] | None = None
+        """Those of the head's checkpoint that are used, once they are read."""
+        self._places: dict[int, list[tuple[Any, str, str]]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._keep = list(module.parameters())  # so that an id is never that of another parameter
+        for module_name, part in module.named_modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                full = f"{module_name}.{name}" if module_name else name
+                self._places.setdefault(id(parameter), []).append((part, name, full))
+                self._shapes[id(parameter)] = tuple(parameter.shape)
+
+    @property
+    def head_folder(self) -> str | None:
+        """As the task named it."""
+        return self.head.path if self.head else None
+
+    def parameters(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Yield the key and the names of every parameter, a tied one once."""
+        for key, places in self._places.items():
+            yield key, tuple(full for _, _, full in places)
+
+    def shape(self, key: int) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self._shapes[key]
+
+    def place(self, key: int, tensor: Any) -> None:
+        """Make a tensor the parameter."""
+        import torch
+
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        for part, name, _ in self._places[key]:
+            part._parameters[name] = parameter
+
+    def is_of_head(self, names: Sequence[str]) -> bool:
+        """Tell whether a parameter belongs to the head of a named checkpoint, not to the merged encoder."""
+        prefix = self.module.base_model_prefix + "."
+        return self.head is not None and not any(name.startswith(prefix) for name in names)
+
+    def head_shapes(self) -> Mapping[str, Sequence[int]]:
+        """Return the shapes of the head checkpoint's tensors."""
+        if self.head is None:
+            return {}
+        tensors = self.head.tensors
+        return {name: tensors[self.head.tied.get(name, name)].shape for name in (*tensors, *self.head.tied)}
+
+
+def build_structure(task: TaskSpec, folder: str) -> Structure:
+    """Build the model of a task.
+
+    Raises:
+        RecipeError: the head is of another architecture, or the model cannot run the task.
+        CheckpointError: a config is missing or unknown to transformers.
+    """
+    own = load_config(folder)
+    if task.head_folder is None:
+        config, head = own, None
+        maker = model_class_for(task, own)
+    else:
+        head = open_checkpoint(task.head_folder)
+        config = load_config(head.folder)
+        maker = _head_class(task, head, config)
+        if config.model_type != own.model_type:
+            raise task.error(
+                "head",
+                f"{task.head_folder} is a {config.model_type}, the merged models are {own.model_type}; "
+                "a head fits the architecture that it was trained on.",
+            )
+        config.vocab_size = own.vocab_size
+    try:
+        with building_without_weights():
+            module = maker.from_config(config) if hasattr(maker, "from_config") else maker(config)
+    except (ValueError, ImportError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise task.error(
+            "kind", f"transformers cannot build the model of {folder} for this task: {reason}"
+        ) from error
+    module.tie_weights()
+    module.eval()
+    module.requires_grad_(False)
+    return Structure(module, head, task.where or task.name)
+
+
+def model_class_for(task: TaskSpec, config: Any) -> Any:
+    """Return the transformers class that makes the model of a task without a head of its own.
+
+    Args:
+        task: the task.
+        config: transformers' config of the models to score.
+    """
+    import transformers
+
+    if task.model_kind == "language_model" and config.is_encoder_decoder:
+        return getattr(transformers, _SEQ2SEQ)
+    return getattr(transformers, AUTO_CLASSES[task.model_kind])
+
+
+def load_config(folder: str) -> Any:
+    """Load transformers' config of a folder.
+
+    Raises:
+        CheckpointError: there is none, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"transformers cannot read the config of {folder}: {reason}") from error
+
+
+def head_config(folder: str) -> dict[str, Any]:
+    """Return config.json of a head's checkpoint.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise CheckpointError(f"the head {folder} has no config.json; name the folder of a checkpoint.")
+    return read_json(path)
+
+
+def _head_class(task: TaskSpec, head: Checkpoint, config: Any) -> Any:
+    """Return the class that the head's config names, which has to be of the task's kind."""
+    import transformers
+
+    suffix = AUTO_CLASSES[task.model_kind].removeprefix("AutoModel")
+    named = [name for name in head.config.get("architectures") or () if name.endswith(suffix)]
+    if not named:
+        raise RecipeError(
+            f"{task.where or task.name}.head: {task.head_folder} is a "
+            f"{', '.join(head.config.get('architectures') or ['model without architectures'])}; "
+            f"a task of the kind {task.kind} needs the head of a model {suffix.removeprefix('For')} ({suffix})."
+        )
+    return getattr(transformers, named[0], None) or model_class_for(task, config)
