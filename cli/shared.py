@@ -35,3 +35,33 @@ def recipe_options(command: F) -> F:
     for option in reversed(_RECIPE_OPTIONS):
         command = option(command)
     return command
+
+
+_RUN_OPTIONS = (
+    click.option("--address", help="Address of a Ray cluster [default: RAY_ADDRESS, else a Ray of its own]."),
+    click.option("--in-process", is_flag=True, help="Merge and evaluate in this process, without Ray."),
+    click.option("--workers", type=int, help="Evaluators [default: one per GPU, or per core up to 16]."),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to merge and evaluate.",
+    ),
+    click.option(
+        "--slice-mib",
+        type=int,
+        default=32,
+        show_default=True,
+        help="MiB of one input that a merge holds; memory grows with it.",
+    ),
+    click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity."),
+    click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only."),
+)
+
+
+def run_options(command: F) -> F:
+    """Add the options that say where and how points are run."""
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,132 @@
+"""What a grid would take, without running it: points, bytes, and an estimate of the time with its basis."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from raymerge.cluster.grid_folder import GridFolder
+from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_plan import GridPlan, plan_grid
+from raymerge.cluster.grid_progress import duration
+from raymerge.cluster.grid_spec import GridSource, read_grid
+from raymerge.cluster.progress import gib
+from raymerge.cluster.results import read_rows
+from raymerge.merge_actors.errors import OutputError
+
+#: How long each rate of this machine is measured.
+_PROBE_SECONDS = 0.1
+
+
+def estimate(
+    source: GridSource, out: str | os.PathLike[str], options: GridOptions, *, strict: bool = False
+) -> dict[str, Any]:
+    """Check a grid and say what it would take, in plain values.
+
+    Raises:
+        RaymergeError: whatever a run would refuse before its first point.
+    """
+    spec = read_grid(source, seed=options.seed)
+    folder = GridFolder(out)
+    plan = plan_grid(spec, options, strict=strict)
+    num_points = min(len(spec.kept), options.limit or len(spec.kept))
+    keys = {plan.point(number).key for number in range(num_points)}
+    done = {row["key"]: row for row in _earlier_rows(folder)}
+    left = keys - set(done)
+    seconds, basis = _seconds_per_point(plan, list(done.values()), folder.path)
+    return {
+        "num_points": num_points,
+        "num_combinations": spec.num_combinations,
+        "num_distinct": len(keys),
+        "num_done": len(keys) - len(left),
+        "axes": {axis.name: len(axis.values) for axis in spec.axes},
+        "metrics": list(spec.evaluation.metrics),
+        "select": [objective.label for objective in spec.selection.objectives],
+        "input_bytes": plan.input_bytes,
+        "model_bytes": plan.output_bytes,
+        "export_bytes": spec.top * plan.output_bytes,
+        "to_measure": [{"model": each.key, "data": each.data.to_mapping()} for each in plan.missing],
+        "seconds_per_point": seconds,
+        "seconds": seconds * len(left),
+        "basis": basis,
+        "remarks": list(plan.remarks),
+    }
+
+
+def estimate_text(found: dict[str, Any]) -> str:
+    """Lay an estimate out as text."""
+    axes = " x ".join(f"{name} {number:,}" for name, number in found["axes"].items())
+    points = f"{found['num_points']:,} points ({axes}"
+    if found["num_points"] != found["num_combinations"]:
+        points += f"; {found['num_combinations']:,} combinations before `where` and --limit"
+    lines = [f"{points}); {found['num_distinct']:,} distinct merges"]
+    if found["num_done"]:
+        lines.append(f"{found['num_done']:,} of them are done")
+    lines += [
+        f"reads {gib(found['input_bytes'])} of models, each once per evaluator; holds {gib(found['model_bytes'])} of "
+        "merged weights per evaluator",
+        f"writes {gib(found['export_bytes'])} of checkpoints",
+        f"chooses by {' and '.join(found['select'])}; metrics: {', '.join(found['metrics'])}",
+    ]
+    if found["to_measure"]:
+        lines.append(f"measures statistics first: {len(found['to_measure']):,} passes over data")
+    lines.append(
+        f"about {duration(found['seconds'])} for what is left, {found['seconds_per_point']:.2g} s a point: "
+        f"{found['basis']}"
+    )
+    return "\n".join(lines)
+
+
+def _earlier_rows(folder: GridFolder) -> list[dict[str, Any]]:
+    try:
+        rows = read_rows(folder.path, ("key", "status", "split", "seconds", "same_as"))
+    except OutputError:
+        return []
+    return [row for row in rows if row["status"] == "ok" and row["split"] == "validation"]
+
+
+def _seconds_per_point(plan: GridPlan, rows: list[dict[str, Any]], out: str) -> tuple[float, str]:
+    """Return seconds of wall time a point and where the figure comes from."""
+    measured = [row["seconds"] for row in rows if row.get("same_as") is None and row["seconds"] is not None]
+    if measured:
+        ahead = plan.options.workers or 1
+        return sum(measured) / len(measured) / ahead, (
+            f"measured on {len(measured):,} points in {out}, {ahead} at a time"
+        )
+    bytes_per_second, flops = _rates()
+    tokens = _num_tokens(plan)
+    merge_seconds = (plan.input_bytes + plan.output_bytes) / bytes_per_second
+    return merge_seconds + 2 * plan.num_parameters * tokens / flops, (
+        f"a rough guess from rates of this machine ({bytes_per_second / 1e9:.1f} GB/s through memory, "
+        f"{flops / 1e9:,.0f} GFLOP/s, up to {tokens:,} tokens a point); --limit 1 measures it"
+    )
+
+
+def _num_tokens(plan: GridPlan) -> int:
+    """Return the tokens of the validation data of all tasks, padding included, at most."""
+    from raymerge.stats.evaluation.evaluate import prepare_task
+
+    prepared = [
+        prepare_task(task, "validation", plan.model_folders[0]) for task in plan.spec.evaluation.tasks
+    ]
+    return sum(each.num_batches * each.task.batch_tokens for each in prepared)
+
+
+def _rates() -> tuple[float, float]:
+    """Measure how fast this machine moves bytes through an addition, and multiplies matrices."""
+    import torch
+
+    a_P, b_P = torch.ones(1 << 22), torch.ones(1 << 22)
+    matrix_II = torch.ones(512, 512)
+
+    def per_second(work: Any, amount: float) -> float:
+        work()
+        number, started = 0, time.perf_counter()
+        while time.perf_counter() - started < _PROBE_SECONDS:
+            work()
+            number += 1
+        return number * amount / (time.perf_counter() - started)
+
+    bytes_per_second = per_second(lambda: torch.add(a_P, b_P, out=a_P), 3 * a_P.nbytes)
+    return bytes_per_second, per_second(lambda: matrix_II @ matrix_II, 2 * 512**3)

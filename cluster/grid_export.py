@@ -1,0 +1,127 @@
+"""The winners of a grid: full checkpoints, one score on the test split, and recipes that give the same bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from raymerge.cluster.grid_folder import BEST_NAME, GridFolder
+from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_points import Point, label_of
+from raymerge.cluster.merge import merge
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.run_folder import MANIFEST_NAME
+from raymerge.cluster.select import Ranked, Selection
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def describe(
+    ranked: Sequence[Ranked],
+    point_of: Callable[[int], Point],
+    selection: Selection,
+    rows: Mapping[tuple[str, int], Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return the winners as plain values, for best.json.
+
+    Args:
+        ranked: the winners, the best first.
+        point_of: gives a point by its number.
+        selection: what they were chosen by.
+        rows: rows of the results by split and point.
+    """
+    found = []
+    for number, each in enumerate(ranked, 1):
+        point = point_of(each.point)
+        found.append(
+            {
+                "rank": number,
+                "name": f"best-{number}",
+                "point": each.point,
+                "key": point.key,
+                "axes": {name: label_of(value) for name, value in point.axes.items()},
+                "objectives": {
+                    objective.label: value
+                    for objective, value in zip(selection.objectives, each.values, strict=True)
+                },
+                "num_points": each.num_points,
+                "validation": _metrics(rows.get(("validation", each.point))),
+                "test": _metrics(rows.get(("test", each.point))),
+                "recipe": point.recipe,
+            }
+        )
+    return found
+
+
+def export(
+    winners: Sequence[Mapping[str, Any]],
+    folder: GridFolder,
+    options: GridOptions,
+    on_remark: Callable[[str], None],
+    *,
+    show_progress: bool = False,
+) -> list[str]:
+    """Write the winners as checkpoints, in one campaign, and their recipes beside the weights.
+
+    Checkpoints of an earlier run stay where they are the same winners.
+
+    Returns:
+        the folders, the best first.
+
+    Raises:
+        RaymergeError: a merge fails.
+    """
+    earlier = {each["name"]: each for each in folder.read_json(BEST_NAME) or []}
+    wanted = [
+        each
+        for each in winners
+        if not (
+            earlier.get(each["name"], {}).get("key") == each["key"]
+            and os.path.exists(os.path.join(folder.file(each["name"]), MANIFEST_NAME))
+        )
+    ]
+    if wanted:
+        recipes = [{**each["recipe"], "name": each["name"]} for each in wanted]
+        merge_options = MergeOptions(
+            address=options.address,
+            in_process=options.in_process,
+            workers=options.workers,
+            device=options.device,
+            slice_mib=options.slice_mib,
+            allow_nan=options.allow_nan,
+            allow_pickle=options.allow_pickle,
+            overwrite=True,
+        )
+        out = folder.file(wanted[0]["name"]) if len(wanted) == 1 else folder.path
+        merge(recipes, out, merge_options, on_remark=on_remark, show_progress=show_progress)
+    for each in winners:
+        path = os.path.join(folder.file(each["name"]), RECIPE_NAME)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(recipe_text(each))
+    return [folder.file(each["name"]) for each in winners]
+
+
+def recipe_text(winner: Mapping[str, Any]) -> str:
+    """Return the recipe of a winner as YAML, headed by what it is."""
+    axes = ", ".join(f"{name} = {value}" for name, value in winner["axes"].items())
+    scores = ", ".join(f"{name} = {value:.6g}" for name, value in winner["objectives"].items())
+    recipe = {name: value for name, value in winner["recipe"].items() if name != "name"}
+    head = f"# {winner['name']}: point {winner['point']} with {axes}\n# validation: {scores}\n"
+    return head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _metrics(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return {metric: {value, error}} of a row."""
+    if row is None:
+        return None
+    return {
+        name.removeprefix("metric."): {
+            "value": value,
+            "error": row.get(f"stderr.{name.removeprefix('metric.')}"),
+        }
+        for name, value in row.items()
+        if name.startswith("metric.") and value is not None
+    }

@@ -1,0 +1,271 @@
+"""A grid before it runs: everything that can be checked is, and each point gets its fingerprint.
+
+Each method is read with each value of every axis, and each structure (what remains of a recipe
+without its `parameters`) is planned once, from headers alone. So 10,000 points over two methods
+and six models are checked by a few dozen recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from raymerge.cluster.campaign import PlannedWave, plan_wave
+from raymerge.cluster.grid_axes import Axis, Dimension
+from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_points import Point, PointList, Value, fingerprint
+from raymerge.cluster.grid_references import references
+from raymerge.cluster.grid_spec import GridSpec
+from raymerge.cluster.opened import OpenedInputs
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.recipe_reader import read_document
+from raymerge.cluster.recipe_statistics import ToMeasure
+from raymerge.cluster.yaml_source import Document
+from raymerge.merge_actors.errors import RecipeError
+from raymerge.stats.evaluation.tasks import EvaluationSpec
+
+#: Files up to this size are read whole for a fingerprint; larger ones count by length and time.
+_HASHED_BYTES = 256 << 20
+_UNKNOWN_KEY = "is unknown and has no effect"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPlan:
+    """A checked grid."""
+
+    spec: GridSpec
+    options: GridOptions
+    inputs: Mapping[str, str]
+    """Fingerprints of models, statistics and data, by the text that a recipe names them by."""
+    evaluation: str
+    """Fingerprint of the tasks and of the files that they name."""
+    input_bytes: int
+    """Of all models together."""
+    output_bytes: int
+    """Of the largest merged model."""
+    num_parameters: int
+    """Of the largest merged model."""
+    model_folders: tuple[str, ...]
+    """Where config and tokenizer of the merged models come from."""
+    missing: tuple[ToMeasure, ...]
+    """Statistics that have to be measured before the points can be merged."""
+    remarks: tuple[str, ...]
+
+    def points(self, numbers: Sequence[int] | None = None) -> PointList:
+        """Return the points, or those with some numbers, in this order."""
+        return PointList(self.point, range(len(self.spec.kept)) if numbers is None else numbers)
+
+    def point(self, number: int) -> Point:
+        """Return a point of the grid."""
+        return self.point_at(number, self.spec.combination(self.spec.kept[number]))
+
+    def point_at(self, number: int, axes: Mapping[str, Value]) -> Point:
+        """Return the point with some values of the axes."""
+        recipe = self.spec.recipe(axes)
+        return Point(
+            number=number, axes=axes, recipe=recipe | {"name": f"point-{number}"}, key=self.key(recipe)
+        )
+
+    def key(self, recipe: Mapping[str, Any]) -> str:
+        """Return the fingerprint of a recipe, its inputs and the tasks."""
+        used = sorted({text for text in _texts(recipe) if text in self.inputs})
+        unnamed = {name: value for name, value in recipe.items() if name != "name"}
+        return fingerprint(unnamed, [self.inputs[text] for text in used], self.evaluation)
+
+
+def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> GridPlan:
+    """Check a grid, from headers alone.
+
+    Args:
+        spec: the file.
+        options: of the run.
+        strict: turn remarks about recipe keys into errors.
+
+    Raises:
+        RaymergeError: whatever some point's merge would refuse before it begins.
+    """
+    checker = _Checker(spec, options, strict)
+    checker.check_all(_with_ends(spec))
+    for folder in checker.model_folders:
+        checker.remarks += _check_tasks(spec.evaluation, folder)
+    tasks = spec.evaluation.to_mapping()
+    return GridPlan(
+        spec=spec,
+        options=options,
+        inputs=checker.inputs,
+        evaluation=fingerprint(tasks, _file_fingerprints(tasks)),
+        input_bytes=sum(each.num_bytes for each in checker.opened.checkpoints.values()),
+        output_bytes=checker.output_bytes,
+        num_parameters=checker.num_parameters,
+        model_folders=tuple(checker.model_folders),
+        missing=tuple(checker.missing.values()),
+        remarks=tuple(dict.fromkeys(checker.remarks)),
+    )
+
+
+def _check_tasks(evaluation: EvaluationSpec, model_folder: str) -> list[str]:
+    """Check that every task can be scored, on validation data and on the test data that there are."""
+    from raymerge.stats.evaluation.evaluate import expect_fit
+
+    remarks = list(expect_fit(evaluation, model_folder))
+    tested = tuple(task for task in evaluation.tasks if task.test is not None)
+    if tested:
+        remarks += expect_fit(dataclasses.replace(evaluation, tasks=tested), model_folder, splits=("test",))
+    return [line if line.startswith("note:") else f"note: {line}" for line in remarks]
+
+
+def _with_ends(spec: GridSpec) -> GridSpec:
+    """Return a spec in which a range is its ends and middle: what can be checked of a search."""
+    if not any(axis.range for axis in spec.axes):
+        return spec
+
+    def listed(axis: Axis) -> Axis:
+        if axis.range is None:
+            return axis
+        low, high = axis.range.low, axis.range.high
+        middle = axis.range.low + (high - low) // 2 if axis.range.is_int else (low + high) / 2
+        values: list[Value] = [low, middle, high]
+        if axis.range.is_int:
+            values = [int(value) for value in values]
+        return dataclasses.replace(axis, values=tuple(dict.fromkeys(values)), range=None)
+
+    dimensions = tuple(Dimension(tuple(map(listed, dimension.axes))) for dimension in spec.dimensions)
+    return dataclasses.replace(spec, dimensions=dimensions)
+
+
+class _Checker:
+    """Reads and plans recipes, and remembers what was opened."""
+
+    def __init__(self, spec: GridSpec, options: GridOptions, strict: bool) -> None:
+        self.spec, self.options, self.strict = spec, options, strict
+        self.merge_options = MergeOptions(slice_mib=options.slice_mib, allow_pickle=options.allow_pickle)
+        self.opened = OpenedInputs()
+        self.inputs: dict[str, str] = {}
+        self.missing: dict[tuple[str, str], ToMeasure] = {}
+        self.remarks: list[str] = []
+        self.output_bytes = self.num_parameters = 0
+        self.model_folders: dict[str, None] = {}
+
+    def check_all(self, spec: GridSpec) -> None:
+        """Check a cover of the points."""
+        of_method = _dimensions_of_method(spec)
+        seen: set[tuple[tuple[int, ...], int, int]] = set()
+        structures: set[str] = set()
+        for combination in spec.kept:
+            positions = spec.positions(combination)
+            method = tuple(positions[i] for i in of_method)
+            marks = {(method, i, position) for i, position in enumerate(positions)}
+            recipe = spec.recipe(spec.combination(combination))
+            structure = fingerprint(_without_parameters(recipe))
+            if structure in structures and marks <= seen:
+                continue
+            read = self.read(recipe)
+            if structure not in structures:
+                self.plan(read)
+            seen |= marks
+            structures.add(structure)
+
+    def read(self, recipe: Mapping[str, Any]) -> Recipe:
+        """Read a recipe; a key that no method knows is an error in a file of ours."""
+        document = Document(value=recipe, origin=self.spec.origin)
+        read, said = read_document(document, self.spec.name, strict=self.strict)
+        for line in said:
+            if _UNKNOWN_KEY in line:
+                raise RecipeError(line)
+        self.remarks += said
+        return read
+
+    def plan(self, recipe: Recipe) -> None:
+        """Plan a recipe, and take down what it needs."""
+        wave = plan_wave([recipe], {recipe.name: "OUT"}, self.merge_options, {}, self.opened)
+        self.remarks += [line.removeprefix(f"{recipe.name}: ") for line in wave.remarks]
+        for each in wave.missing:
+            self.missing[each.key, repr((each.kind, each.data))] = each
+        self._note_inputs(recipe, wave)
+        donor = wave.models[recipe.donor.key].checkpoint
+        self.num_parameters = max(self.num_parameters, donor.num_parameters)
+        self.output_bytes = max(self.output_bytes, wave.plan.write_bytes)
+        self.model_folders[donor.folder] = None
+
+    def _note_inputs(self, recipe: Recipe, wave: PlannedWave) -> None:
+        for ref in (*recipe.all_models(), recipe.donor):
+            model = wave.models[ref.key]
+            adapter = f"+{model.adapter.fingerprint}" if model.adapter else ""
+            for text in (ref.key, ref.path):
+                self.inputs[text] = f"{model.checkpoint.fingerprint}{adapter}"
+        for use in (use for _, layers in recipe.slices() for use in layers.sources):
+            if use.statistics is not None and use.measurement is not None:
+                self.inputs[use.statistics] = wave.statistics[use.measurement].fingerprint
+            elif use.data is not None and use.data.spec.source not in self.inputs:
+                source = use.data.spec.source
+                if os.path.exists(os.path.expanduser(source)):
+                    self.inputs[source] = path_fingerprint(source)
+
+
+def _dimensions_of_method(spec: GridSpec) -> list[int]:
+    """Return the dimensions that the merge method comes from, as the file says."""
+    names = {name for name, _ in references(spec.template.get("merge_method"))}
+    for name in reversed(list(spec.lets)):
+        if name in names:
+            names |= spec.lets[name].names
+    return [
+        i for i, dimension in enumerate(spec.dimensions) if any(axis.name in names for axis in dimension.axes)
+    ]
+
+
+def _without_parameters(value: Any) -> Any:
+    """Return a recipe without the settings of its method: what its plan depends on."""
+    if isinstance(value, Mapping):
+        return {
+            name: _without_parameters(each)
+            for name, each in value.items()
+            if name not in ("parameters", "seed", "name")
+        }
+    return [_without_parameters(each) for each in value] if isinstance(value, list) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _file_fingerprints(value: Any) -> dict[str, str]:
+    """Return the fingerprint of every local file or folder that stands in plain values."""
+    return {
+        text: path_fingerprint(text)
+        for text in sorted(set(_texts(value)))
+        if os.path.exists(os.path.expanduser(text))
+    }
+
+
+def path_fingerprint(path: str) -> str:
+    """Return a fingerprint of a file's content, or of the files of a folder."""
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        names = sorted(
+            os.path.relpath(os.path.join(folder, name), path)
+            for folder, _, files in os.walk(path)
+            for name in files
+            if not name.startswith(".")
+        )
+        return fingerprint([(name, path_fingerprint(os.path.join(path, name))) for name in names])
+    status = os.stat(path)
+    if status.st_size > _HASHED_BYTES:
+        return fingerprint(status.st_size, status.st_mtime_ns)
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
