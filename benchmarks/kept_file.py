@@ -70,12 +70,17 @@ class Report:
         lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *rows]
         self._parts.append("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
 
+    def path(self, folder: Path = RESULTS) -> Path:
+        """Return the name of the Markdown file; pictures take its stem and an ending of their own."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self._hardware().lower()).strip("-")
+        return folder / f"{self.what}_{slug}_{time.strftime('%Y%m')}.md"
+
+    def _hardware(self) -> str:
+        return self.hardware or f"{_cpu()} {len(os.sched_getaffinity(0))} cores"
+
     def write(self, folder: Path = RESULTS) -> Path:
         """Write both files and say where they are; returns the Markdown one."""
-        facts = environment()
-        hardware = self.hardware or f"{facts['cpu']} {facts['cores']} cores"
-        slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-        path = folder / f"{self.what}_{slug}_{time.strftime('%Y%m')}.md"
+        facts, hardware, path = environment(), self._hardware(), self.path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         top = [
