@@ -12,7 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from raymerge.cluster.heads import Heads, is_head_tensor
-from raymerge.cluster.match_rules import all_measured, canonical_order, is_excluded, output_shape
+from raymerge.cluster.match_rules import (
+    all_measured,
+    canonical_order,
+    common_shape,
+    is_excluded,
+    output_shape,
+)
 from raymerge.cluster.matched import LoadedModel, MergedTensor, Operand, Statistic
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.places import Place, places_by_slice
@@ -187,7 +193,7 @@ class _Matcher:
             return self._copy(place.name, donor, "")
         if len(present) < len(operands):
             return self._match_incomplete(layers, place, operands, present)
-        shape = self._common_shape(place.name, present)
+        shape = common_shape(place.name, present, self.models)
         base, merged = (present[0], present[1:]) if layers.base else (None, present)
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
         settings, models = self._reorder(settings, order), tuple(merged[i] for i in order)
@@ -324,9 +330,10 @@ class _Matcher:
     def _average(
         self, name: str, operands: Sequence[Operand], note: str, weights: Sequence[Value]
     ) -> MergedTensor:
+        operands = [dataclasses.replace(operand, statistic=None) for operand in operands]
         return MergedTensor(
             name=name,
-            shape=self._common_shape(name, operands),
+            shape=common_shape(name, operands, self.models),
             dtype=self._dtype(operands[0]),
             method="linear",
             settings=self._averages.setdefault(
@@ -339,38 +346,11 @@ class _Matcher:
             note=note,
         )
 
-    def _common_shape(self, name: str, operands: Sequence[Operand]) -> tuple[int, ...]:
-        """Check that all operands, after their rows are mapped, have one shape; return it."""
-        first = operands[0]
-        shape = output_shape(first)
-        for other in operands[1:]:
-            if output_shape(other) != shape:
-                raise self._shape_error(name, first, other)
-            if not is_float(other.info.dtype):
-                raise MismatchError(
-                    f"tensor {name} is {first.info.dtype} in model {first.model} but {other.info.dtype} in "
-                    f"{other.model}; only float tensors can be merged"
-                )
-        return shape
-
-    def _shape_error(self, name: str, first: Operand, other: Operand) -> MismatchError:
-        one, two = list(first.info.shape), list(other.info.shape)
-        message = f"tensor {name} has shape {one} in model {first.model} but {two} in {other.model}"
-        vocabularies = {
-            self.models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)
-        }
-        if one[1:] == two[1:] and len(one) in (1, 2) and {one[0], two[0]} <= vocabularies | {None}:
-            return MismatchError(
-                f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in "
-                "the recipe: vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"
-            )
-        return MismatchError(
-            f"{message}; models of different shape cannot be merged: check the base and sizes"
-        )
-
     def _copy(self, name: str, operand: Operand, note: str) -> MergedTensor:
         if note:
             self._note(note, name)
+        if operand.statistic is not None:
+            operand = dataclasses.replace(operand, statistic=None)
         needs_maths = operand.low_rank is not None or operand.row_runs is not None
         scale: dict[str, None] = {"scale": None}
         return MergedTensor(

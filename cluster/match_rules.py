@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from raymerge.cluster.matched import Operand
+from raymerge.cluster.matched import LoadedModel, Operand
 from raymerge.cluster.recipe import SourceUse
+from raymerge.merge_actors.dtypes import is_float
+from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.methods.interface import Method
 
 
@@ -43,3 +45,38 @@ def output_shape(operand: Operand) -> tuple[int, ...]:
     """Return the shape of the output's tensor, whose rows may be more or fewer than the model's."""
     shape = operand.info.shape
     return shape if operand.row_runs is None else (operand.num_rows, *shape[1:])
+
+
+def common_shape(
+    name: str, operands: Sequence[Operand], models: Mapping[str, LoadedModel]
+) -> tuple[int, ...]:
+    """Check that all operands, after their rows are mapped, have one shape; return it.
+
+    Raises:
+        MismatchError: naming the tensor, two models and their shapes.
+    """
+    first = operands[0]
+    shape = output_shape(first)
+    for other in operands[1:]:
+        if output_shape(other) != shape:
+            raise _shape_error(name, first, other, models)
+        if not is_float(other.info.dtype):
+            raise MismatchError(
+                f"tensor {name} is {first.info.dtype} in model {first.model} but {other.info.dtype} in "
+                f"{other.model}; only float tensors can be merged"
+            )
+    return shape
+
+
+def _shape_error(
+    name: str, first: Operand, other: Operand, models: Mapping[str, LoadedModel]
+) -> MismatchError:
+    one, two = list(first.info.shape), list(other.info.shape)
+    message = f"tensor {name} has shape {one} in model {first.model} but {two} in {other.model}"
+    vocabularies = {models[each.model].checkpoint.config.get("vocab_size") for each in (first, other)}
+    if one[1:] == two[1:] and len(one) in (1, 2) and {one[0], two[0]} <= vocabularies | {None}:
+        return MismatchError(
+            f"{message}: the vocabularies differ ({one[0]:,} and {two[0]:,} tokens); choose a policy in "
+            "the recipe: vocabulary: union, base (the base's rows only), pad (fill with the mean) or truncate"
+        )
+    return MismatchError(f"{message}; models of different shape cannot be merged: check the base and sizes")

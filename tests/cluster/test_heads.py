@@ -1,0 +1,226 @@
+"""Classification heads of models with labels of their own: matched by label, kept, left out, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import raymerge
+from raymerge.cluster.verify import verify
+from raymerge.merge_actors.errors import MismatchError, RecipeError
+
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+@pytest.fixture
+def make_classifier(tmp_path: Path, tiny_checkpoints: Callable[..., Any]) -> Callable[..., Path]:
+    """Return a writer of tiny BERT classifiers: (name, labels, seed) -> folder."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    base = tiny_checkpoints("bert").base
+
+    def make(name: str, labels: list[str] | int, seed: int) -> Path:
+        torch.manual_seed(seed)
+        config = BertConfig.from_pretrained(base)
+        if isinstance(labels, int):
+            config.num_labels = labels
+        else:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+        model = BertForSequenceClassification(config)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def models(make_classifier: Callable[..., Path]) -> list[Path]:
+    """Write two tasks that share the label `neutral`, in other places."""
+    return [
+        make_classifier("nli", ["yes", "neutral", "no"], 1),
+        make_classifier("mood", ["neutral", "glad"], 2),
+    ]
+
+
+def _recipe(models: list[Path], **changes: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(each), "parameters": {"weight": w}}
+            for each, w in zip(models, (3, 1, 2), strict=False)
+        ],
+        **changes,
+    }
+
+
+def _merge(asked: dict[str, Any], out: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    raymerge.merge(asked, out, in_process=True, workers=1)
+    return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = load_file(folder / "model.safetensors")
+    return found
+
+
+def test_rows_are_matched_by_label(models: list[Path], tmp_path: Path) -> None:
+    merged, config = _merge(_recipe(models, heads="label-aware"), tmp_path / "out")
+    first, second = map(_tensors, models)
+    assert config["id2label"] == {"0": "yes", "1": "neutral", "2": "no", "3": "glad"}
+    assert config["label2id"] == {"yes": 0, "neutral": 1, "no": 2, "glad": 3}
+    for name in HEAD:
+        shared = (3 * first[name][1] + second[name][0]) / 4  # the weights count among those that know it
+        wanted = np.stack([first[name][0], shared, first[name][2], second[name][1]])
+        np.testing.assert_allclose(merged[name], wanted, rtol=1e-6, atol=1e-7)
+    encoder = "bert.encoder.layer.0.attention.self.query.weight"
+    np.testing.assert_allclose(
+        merged[encoder], (3 * first[encoder] + second[encoder]) / 4, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_the_output_loads_and_knows_its_labels(models: list[Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    _merge(_recipe(models[:1] * 2, heads="label-aware"), tmp_path / "same")
+    out = tmp_path / "out"
+    _merge(_recipe(models, heads="label-aware"), out)
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert model.config.id2label[3] == "glad"
+    inputs = AutoTokenizer.from_pretrained(out)("word1 word2", return_tensors="pt")
+    assert model(**inputs).logits.shape == (1, 4)
+    [verified] = verify(out).outputs
+    assert not any("random when it is loaded" in line for line in verified.remarks)
+
+
+def test_three_models_share_a_label_by_their_weights(
+    models: list[Path], make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    third = make_classifier("third", ["glad", "neutral"], 3)
+    merged, _ = _merge(_recipe([*models, third], heads="label-aware"), tmp_path / "out")
+    first, second, last = (_tensors(folder)["classifier.weight"] for folder in (*models, third))
+    found = merged["classifier.weight"]
+    np.testing.assert_allclose(found[1], (3 * first[1] + second[0] + 2 * last[1]) / 6, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found[3], (second[1] + 2 * last[0]) / 3, rtol=1e-5, atol=1e-7)
+
+
+def test_heads_of_task_vectors_ignore_the_base(
+    models: list[Path], tiny_checkpoints: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The base, a masked language model, has no head; the head's rows are averaged all the same."""
+    asked = _recipe(
+        models,
+        merge_method="task_arithmetic",
+        base_model=str(tiny_checkpoints("bert").base),
+        heads="label-aware",
+        missing="drop",
+    )
+    merged, config = _merge(asked, tmp_path / "out")
+    first, second = map(_tensors, models)
+    np.testing.assert_allclose(merged["classifier.weight"][3], second["classifier.weight"][1], rtol=1e-6)
+    np.testing.assert_allclose(merged["classifier.bias"][0], first["classifier.bias"][0], rtol=1e-6)
+    assert config["architectures"] == ["BertForSequenceClassification"] and len(config["id2label"]) == 4
+
+
+def test_one_models_head_is_kept(models: list[Path], tmp_path: Path) -> None:
+    merged, config = _merge(_recipe(models, heads={"keep": str(models[1])}), tmp_path / "out")
+    for name in HEAD:
+        np.testing.assert_array_equal(merged[name], _tensors(models[1])[name])
+    assert config["id2label"] == {"0": "neutral", "1": "glad"}
+    assert not (tmp_path / "out" / "heads").exists()
+
+
+def test_every_models_head_is_kept_beside_the_output(models: list[Path], tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    out = tmp_path / "out"
+    merged, config = _merge(_recipe(models, heads="keep"), out)
+    np.testing.assert_array_equal(merged["classifier.weight"], _tensors(models[0])["classifier.weight"])
+    assert config["id2label"]["0"] == "yes"
+    for folder in models:
+        head = load_file(out / "heads" / folder.name / "model.safetensors")
+        assert head.keys() == set(HEAD)
+        for name in HEAD:
+            np.testing.assert_array_equal(head[name], _tensors(folder)[name])
+    # As docs/recipes.md says: the merged encoder with the head of a task.
+    place = out / "heads" / "mood"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        out, config=AutoConfig.from_pretrained(place), ignore_mismatched_sizes=True
+    )
+    state = {name: torch.from_numpy(each) for name, each in load_file(place / "model.safetensors").items()}
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+
+
+def test_heads_can_be_left_out(models: list[Path], tmp_path: Path) -> None:
+    merged, _ = _merge(_recipe(models, heads="exclude"), tmp_path / "out")
+    assert not any(name.startswith("classifier") for name in merged)
+
+
+def test_different_labels_are_refused_unless_said(
+    models: list[Path], make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError, match=r"have different labels \(yes, neutral, no and neutral, glad\)"):
+        _merge(_recipe(models), tmp_path / "out")
+    turned = make_classifier("turned", ["no", "neutral", "yes"], 4)
+    pair = [models[0], turned]
+    with pytest.raises(MismatchError, match="set heads: label-aware"):  # the shapes agree, the rows do not
+        _merge(_recipe(pair), tmp_path / "out")
+    merged, _ = _merge(_recipe(pair, heads="merge"), tmp_path / "out")
+    first, second = map(_tensors, pair)
+    np.testing.assert_allclose(
+        merged["classifier.weight"],
+        (3 * first["classifier.weight"] + second["classifier.weight"]) / 4,
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    matched, config = _merge(_recipe(pair, heads="label-aware"), tmp_path / "matched")
+    assert list(config["id2label"].values()) == ["yes", "neutral", "no"]
+    np.testing.assert_allclose(
+        matched["classifier.weight"],
+        (3 * first["classifier.weight"] + second["classifier.weight"][::-1]) / 4,
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def test_labels_without_names_cannot_be_matched(
+    models: list[Path], make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    unnamed = make_classifier("unnamed", 2, 5)
+    asked = _recipe([models[1], unnamed], heads="label-aware")
+    with pytest.raises(MismatchError, match=r"config\.json of .*unnamed names none .*LABEL_0, LABEL_1"):
+        _merge(asked, tmp_path / "out")
+    _merge(_recipe([models[1], unnamed]), tmp_path / "out")  # as many labels, and nothing says they differ
+
+
+def test_a_head_can_only_be_kept_from_a_classifier(
+    models: list[Path], tiny_checkpoints: Callable[..., Any], tmp_path: Path
+) -> None:
+    encoder = tiny_checkpoints("bert").models[0]
+    asked = _recipe([models[0], encoder], heads={"keep": str(encoder)}, missing="present")
+    with pytest.raises(MismatchError, match="is no classifier with labels"):
+        _merge(asked, tmp_path / "out")
+    with pytest.raises(RecipeError, match="none of the models"):
+        _merge(_recipe(models, heads={"keep": "/elsewhere"}), tmp_path / "out")
+
+
+def test_regmean_solves_the_encoder_and_matches_the_heads(models: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"word{i} word{i + 1}"}) + "\n" for i in range(40)))
+    asked = _recipe(models, merge_method="regmean", data=str(path), heads="label-aware")
+    merged, config = _merge(asked, tmp_path / "out")
+    assert len(config["id2label"]) == 4
+    np.testing.assert_allclose(
+        merged["classifier.weight"][3], _tensors(models[1])["classifier.weight"][1], rtol=1e-6
+    )
+    tensors = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())["tensors"]
+    assert "rank" in tensors["bert.pooler.dense.weight"] and "rank" not in tensors["classifier.weight"]
