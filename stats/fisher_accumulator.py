@@ -51,6 +51,11 @@ class FisherAccumulator:
         model.requires_grad_(False)
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.sparse = (
+                    True  # an example touches a few rows; a dense gradient has the whole vocabulary
+                )
         self._model, self._estimator = model, estimator
         self._shard = {
             name: torch.zeros_like(each, dtype=torch.float32) for name, each in self._parameters.items()
@@ -82,8 +87,7 @@ class FisherAccumulator:
                 )
                 for name, gradient in zip(self._parameters, gradients, strict=True):
                     if gradient is not None:
-                        square = gradient.float().square_()
-                        self._shard[name].add_(square, alpha=weight)
+                        _add_square(self._shard[name], gradient, weight)
 
     def end_shard(self) -> None:
         """Add the running shard to the totals and begin another.
@@ -153,6 +157,17 @@ class FisherAccumulator:
             drawn = torch.multinomial(log_p_TV.detach().exp().cpu(), 1, generator=generator)
             labels_T = drawn[:, 0].to(log_p_TV.device)
         return log_p_TV.gather(1, labels_T[:, None]).sum()
+
+
+def _add_square(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
+    """Add weight times a gradient's square, in float32; a sparse one is that of an embedding's rows."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()  # a token that occurs twice has one gradient: the sum
+        square = gradient.values().float().square()
+        total.index_add_(0, gradient.indices()[0], square, alpha=weight)
+    else:
+        gradient = gradient.float()
+        total.addcmul_(gradient, gradient, value=weight)
 
 
 def check_estimator(estimator: str, config: dict[str, Any], *, has_labels: bool) -> None:

@@ -63,6 +63,28 @@ def test_expected_fisher_of_logistic_regression_is_p_times_1_minus_p() -> None:
     assert model.head.weight.requires_grad and not model.inputs.weight.requires_grad
 
 
+class _BagOfWords(_Logistic):
+    """As `_Logistic`, x being the sum over the tokens, so a token that occurs twice has the sum of two gradients."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Logits:
+        score = self.head(self.inputs(input_ids).sum(1))
+        return _Logits(torch.cat([torch.zeros_like(score), score], dim=1))
+
+
+def test_an_embeddings_fisher_is_the_square_of_the_sum_over_its_occurrences() -> None:
+    model, token_ids = _BagOfWords(), (1, 5, 1)
+    fisher = FisherAccumulator(model, ["inputs.weight"], "expected")
+    example = Example(number=0, input_ids=token_ids, label=None)
+    fisher.add(batch_tensors([example], pad_id=0, start_id=None, device="cpu"))
+    fisher.end_shard()
+    weights = model.head.weight[0].double()
+    p = torch.sigmoid(model.inputs.weight[list(token_ids)].double().sum(0) @ weights)
+    expected = torch.zeros(8, NUM_FEATURES, dtype=torch.float64)
+    expected[1], expected[5] = 4 * p * (1 - p) * weights.square(), p * (1 - p) * weights.square()
+    # Gradients are float32.
+    torch.testing.assert_close(fisher.total("inputs.weight").reshape(8, -1), expected, rtol=1e-5, atol=0)
+
+
 def test_sampled_fisher_has_the_expected_fisher_as_its_mean() -> None:
     model = _Logistic()
     fisher = FisherAccumulator(model, ["head.weight"], "sampled")
