@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from raymerge.cluster.fisher_scales import with_scales
 from raymerge.cluster.heads import Heads, is_head_tensor
 from raymerge.cluster.match_rules import (
     all_measured,
@@ -65,7 +66,7 @@ def match(
         tensors += matcher.match_slice(module, layers, names)
     if not tensors:
         raise RecipeError(f"recipe {recipe.name} yields no tensor at all; check its modules and layer ranges")
-    return tensors, matcher.remarks()
+    return with_scales(recipe, tensors, statistics or {}), matcher.remarks()
 
 
 class _Matcher:

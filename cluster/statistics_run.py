@@ -121,6 +121,10 @@ class StatisticsRun:
         ]
         os.makedirs(self.folder.output(OUTPUT), exist_ok=True)
         files = self._call("write", [(entries, name, findings.num_examples) for name in names])
+        if self.job.kind == "fisher":
+            for squares in self._call("sum_squares", [()] * num_workers):
+                for tensor, square in squares.items():
+                    modules[tensor]["sum_squares"] = square
         self._finish(group, modules, [os.path.basename(file) for file in files if file], reports)
 
     def _finish(
@@ -214,6 +218,7 @@ class StatisticsRun:
         before, begin = self._num_tokens, time.monotonic()
 
         def on_tokens(num_tokens: int) -> None:
+            """Turn the count of tokens into progress."""
             self._num_tokens = num_tokens
             if group is None:
                 return

@@ -6,10 +6,13 @@ shards, complete and write the statistics that it owns.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.stats.describe_model import describe
@@ -28,6 +31,9 @@ from raymerge.stats.statistics_file import Written, write_statistics_file
 if TYPE_CHECKING:
     import torch
 
+#: Squares are summed by so many elements at a time.
+_SUMMED_ELEMENTS = 1 << 20
+
 
 class ActivationWorker:
     """One worker of a group. Not safe for two instructions at a time; `num_tokens` may be read at any time."""
@@ -39,6 +45,7 @@ class ActivationWorker:
         self.exchange: Exchange = NoExchange()
         self._measured: MeasuredModel | None = None
         self._sums: GramAccumulator | FisherAccumulator | None = None
+        self._sum_squares: dict[str, float] = {}
 
     def describe(self) -> Description:
         """Read headers, tokenizer and rows, and say what the model is.
@@ -97,17 +104,35 @@ class ActivationWorker:
         """
         totals = self._totals(entries, num_examples)
         mine = [entry for entry in entries if entry.owner == self.rank]
-        written = [
-            Written(key=key, shape=shape, parts=_take(totals, max(1, len(entry.parts) // len(entry.tensors))))
-            for entry in mine
-            for key, shape in entry.tensors
-        ]
+        self._sum_squares = {}
+        written = []
+        for entry in mine:
+            for key, shape in entry.tensors:
+                parts = _take(totals, max(1, len(entry.parts) // len(entry.tensors)))
+                if self.job.kind == "fisher":
+                    parts = self._squared(key, parts)
+                written.append(Written(key=key, shape=shape, parts=parts))
         if written:
             write_statistics_file(os.path.join(self.job.work_folder, file), written)
         for _ in totals:
             raise AssertionError("an owned statistic was not written")
         self._sums = None
         return file if written else None
+
+    def sum_squares(self) -> dict[str, float]:
+        """Return the sum of squares of every Fisher that the last `write` wrote: its scale over the model."""
+        return self._sum_squares
+
+    def _squared(self, key: str, parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Note the sum of squares of what passes, of the values as they are stored."""
+        sums = []
+        for part in parts:
+            stored_P = part.float().cpu().reshape(-1)
+            # numpy adds in one order, whatever the number of threads.
+            for chunk_P in stored_P.split(_SUMMED_ELEMENTS):
+                sums.append(float(np.square(chunk_P.double().numpy()).sum()))
+            yield stored_P
+        self._sum_squares[key] = math.fsum(sums)
 
     def _totals(self, entries: Sequence[Entry], num_examples: int) -> Iterator[torch.Tensor]:
         """Reduce every entry in order and yield the values of those that are owned."""

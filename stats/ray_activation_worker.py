@@ -48,6 +48,10 @@ class RayActivationWorker:
         """See `ActivationWorker.write`."""
         return self._worker.write(entries, file, num_examples)
 
+    def sum_squares(self) -> dict[str, float]:
+        """See `ActivationWorker.sum_squares`."""
+        return self._worker.sum_squares()
+
     def num_tokens(self) -> int:
         """Return how many tokens have passed."""
         return self._worker.num_tokens

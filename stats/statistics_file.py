@@ -45,6 +45,8 @@ class Module:
     num_rows: tuple[int, ...]
     """Inputs that were summed, one number for each expert; for Fisher, examples."""
     experts_layout: Literal["", "EOI", "EIO"] = ""
+    sum_squares: float | None = None
+    """Of a Fisher's values; None in statistics that were measured before it was kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +207,7 @@ def _module(
             kind="parameter",
             in_features=0,
             num_rows=(int(entry["num_examples"]),),
+            sum_squares=entry.get("sum_squares"),
         )
     rows = entry["num_rows"]
     num_rows = tuple(rows) if isinstance(rows, list) else (int(rows),)
