@@ -20,7 +20,7 @@ from raymerge.cluster.parallel import map_in_order
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import element_bytes, is_float
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.stats.decode import decode
 from raymerge.stats.delta import Agreement, DeltaStatistics, measure_agreement, measure_delta
 from raymerge.stats.verdict import MatrixRow
@@ -211,7 +211,7 @@ class _Reader:
 
     def __init__(self, comparisons: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> None:
         self.comparisons, self.pairs = comparisons, pairs
-        self.files = Files()
+        self.files = StorageFiles()
         self._local = threading.local()
 
     def measure(self, selection: Selection, strips: Sequence[tuple[int, int]]) -> _Sums:

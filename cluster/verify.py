@@ -22,7 +22,7 @@ from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME
 from raymerge.merge_actors.checksum import add_checksums, piece_checksum
 from raymerge.merge_actors.errors import CheckpointError, VerifyError
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 
 #: What a thread reads at once, rounded down to whole chunks of a checksum.
 _PIECE_BYTES = 16 << 20
@@ -240,7 +240,7 @@ class _Reader:
     """Reads and sums pieces on any thread; each thread keeps one buffer."""
 
     def __init__(self) -> None:
-        self.files = Files()
+        self.files = StorageFiles()
         self._local = threading.local()
 
     def sum_piece(self, piece: _Piece) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.task import (
     MeasureReport,
@@ -92,7 +92,7 @@ class InProcessGroup:
     def start(self, context: RunContext) -> None:
         """Make the workers anew."""
         self.close()
-        files = Files()
+        files = StorageFiles(context.stage)
         num_gpus = _num_gpus() if context.device == "cuda" else 1
         for number in range(self._num_workers):
             self._workers.append(MergeWorker(context, files, gpu=number % num_gpus))

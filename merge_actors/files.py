@@ -1,4 +1,7 @@
-"""Positioned reads and writes on open files that a worker keeps for the length of a run."""
+"""Positioned reads and writes: the interface that workers use, and the files of this machine.
+
+`storage/storage_files.py` adds object stores; an evaluator's memory is a third kind.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import errno
 import os
 import resource
 import threading
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from raymerge.merge_actors.errors import CheckpointError, OutputError
 
@@ -14,7 +19,50 @@ from raymerge.merge_actors.errors import CheckpointError, OutputError
 _MOST_BYTES_A_CALL = 1 << 30
 
 
-class Files:
+class RangeRead(NamedTuple):
+    """Bytes of a file and the memory that they are read into."""
+
+    path: str
+    offset: int
+    buffer: memoryview
+    """Writable; its length is that of the range."""
+
+
+class Files(Protocol):
+    """What a worker reads from and writes to; every method may be called from several threads."""
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `offset`.
+
+        Raises:
+            CheckpointError: the file ends before that, or cannot be read.
+        """
+
+    def read_many(self, reads: Sequence[RangeRead]) -> None:
+        """Fill many buffers, several ranges in flight where that helps.
+
+        Raises:
+            CheckpointError: as for `read_into`.
+        """
+
+    def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Write `buffer` to an existing file at `offset`.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+
+    def move(self, folder: str, here: str) -> None:
+        """Read files of `folder` from the folder `here`: a node's own copy of a model."""
+
+    def take_fetched_bytes(self) -> int:
+        """Return how many bytes came from object stores since this was last asked."""
+
+    def close(self) -> None:
+        """Let all files go."""
+
+
+class LocalFiles:
     """File descriptors by path, opened on first use."""
 
     def __init__(self) -> None:
@@ -55,6 +103,11 @@ class Files:
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
+    def read_many(self, reads: Sequence[RangeRead]) -> None:
+        """Fill many buffers, by file and offset."""
+        for read in sorted(reads, key=lambda read: (read.path, read.offset)):
+            self.read_into(*read)
+
     def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write `buffer` to an existing file at `offset`.
 
@@ -74,6 +127,10 @@ class Files:
                     done += os.pwrite(descriptor, part, offset + done)
         except OSError as error:
             raise write_error(path, error) from error
+
+    def take_fetched_bytes(self) -> int:
+        """Return 0: nothing comes from object stores."""
+        return 0
 
     def close(self) -> None:
         """Close every file."""

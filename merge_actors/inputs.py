@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.files import Files, RangeRead
 from raymerge.merge_actors.methods.block import unit_elements
 from raymerge.merge_actors.task import LowRankRead, Piece, Read, RowRun
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 _ALIGNMENT = 64
+#: Bytes of matrices by file and offset.
+_Factors = dict[tuple[str, int], bytearray]
 
 
 def arena_bytes(pieces: Sequence[Piece]) -> int:
@@ -53,14 +55,19 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
                 wanted.append((read.file, read.offset + first * width, at + to * width, count * width))
             at += aligned(num_bytes)
         inputs.append(of_piece)
-    for file, offset, to, num_bytes in sorted(wanted):
-        files.read_into(file, offset, view[to : to + num_bytes])
+    factors = _factor_buffers(pieces)
+    files.read_many(
+        [
+            *(RangeRead(file, offset, view[to : to + num_bytes]) for file, offset, to, num_bytes in wanted),
+            *(RangeRead(*place, memoryview(data)) for place, data in factors.items()),
+        ]
+    )
     for piece, of_piece in zip(pieces, inputs, strict=True):
         for i, read in enumerate(piece.reads):
             if read.row_runs is not None:
                 _read_foreign_rows(of_piece[i], read, piece, files)
             if read.low_rank is not None:
-                of_piece[i] = _add_low_rank(of_piece[i], read, piece, files)
+                of_piece[i] = _add_low_rank(of_piece[i], read, piece, factors)
         if any(read.row_runs is not None for read in piece.reads):
             _fill_missing_rows(piece, of_piece)
     return inputs
@@ -145,7 +152,22 @@ def _fill_missing_rows(piece: Piece, inputs: list[torch.Tensor]) -> None:
         tensor[fill_R] = filled_RD[fill_R].to(tensor.dtype)
 
 
-def _add_low_rank(weight_P: torch.Tensor, read: Read, piece: Piece, files: Files) -> torch.Tensor:
+def _factor_buffers(pieces: Sequence[Piece]) -> _Factors:
+    """Return memory for every factor of low-rank updates, by its place: tensors may share one."""
+    factors: _Factors = {}
+    for piece in pieces:
+        for read in piece.reads:
+            low_rank = read.low_rank
+            if low_rank is None:
+                continue
+            width = low_rank.rank * element_bytes(low_rank.dtype)
+            num_out, num_in = _features(low_rank, piece)
+            factors.setdefault((low_rank.a_file, low_rank.a_offset), bytearray(num_in * width))
+            factors.setdefault((low_rank.b_file, low_rank.b_offset), bytearray(num_out * width))
+    return factors
+
+
+def _add_low_rank(weight_P: torch.Tensor, read: Read, piece: Piece, factors: _Factors) -> torch.Tensor:
     """Return W + scale * B @ A for the piece's rows, in float32.
 
     The product is taken unit by unit: a matrix product's rounding may depend on the number of
@@ -156,7 +178,7 @@ def _add_low_rank(weight_P: torch.Tensor, read: Read, piece: Piece, files: Files
     low_rank = read.low_rank
     assert low_rank is not None
     columns = piece.shape[-1]
-    left_RK, right_KC = _low_rank_factors(low_rank, piece, files)
+    left_RK, right_KC = _low_rank_factors(low_rank, piece, factors)
     rows_a_unit = unit_elements(piece.shape, "rowwise") // columns
     sum_RC = weight_P.view(-1, columns).to(torch.float32, copy=True)
     if read.row_runs is None:
@@ -170,13 +192,20 @@ def _add_low_rank(weight_P: torch.Tensor, read: Read, piece: Piece, files: Files
     return sum_RC.view(-1)
 
 
-def _low_rank_factors(low_rank: LowRankRead, piece: Piece, files: Files) -> tuple[torch.Tensor, torch.Tensor]:
+def _features(low_rank: LowRankRead, piece: Piece) -> tuple[int, int]:
+    """Return the rows of B and the columns of A."""
+    rows, columns = low_rank.num_rows or piece.shape[0], piece.shape[1]
+    return (columns, rows) if low_rank.is_transposed else (rows, columns)
+
+
+def _low_rank_factors(
+    low_rank: LowRankRead, piece: Piece, factors: _Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors (rows of the model's tensor, rank) and (rank, columns)."""
-    shape = (low_rank.num_rows or piece.shape[0], piece.shape[1])
-    out_features, in_features = shape if not low_rank.is_transposed else shape[::-1]
-    a_RI = _read_matrix(files, low_rank.a_file, low_rank.a_offset, low_rank.dtype, low_rank.rank, in_features)
-    b_OR = _read_matrix(
-        files, low_rank.b_file, low_rank.b_offset, low_rank.dtype, out_features, low_rank.rank
+    out_features, in_features = _features(low_rank, piece)
+    a_RI = _as_matrix(factors[low_rank.a_file, low_rank.a_offset], low_rank.dtype, low_rank.rank, in_features)
+    b_OR = _as_matrix(
+        factors[low_rank.b_file, low_rank.b_offset], low_rank.dtype, out_features, low_rank.rank
     )
     return (a_RI.T.contiguous(), b_OR.T) if low_rank.is_transposed else (b_OR, a_RI)
 
@@ -194,8 +223,15 @@ def _read_matrix(
     files: Files, file: str, offset: int, dtype: str, num_rows: int, num_columns: int
 ) -> torch.Tensor:
     """Read a small matrix whole, as float32."""
+    data = bytearray(num_rows * num_columns * element_bytes(dtype))
+    files.read_into(file, offset, memoryview(data))
+    return _as_matrix(data, dtype, num_rows, num_columns)
+
+
+def _as_matrix(data: bytearray, dtype: str, num_rows: int, num_columns: int) -> torch.Tensor:
     import torch
 
-    raw = torch.empty(num_rows * num_columns * element_bytes(dtype), dtype=torch.uint8)
-    files.read_into(file, offset, raw.numpy().data)
+    if not data:  # torch refuses an empty buffer
+        return torch.zeros(num_rows, num_columns)
+    raw = torch.frombuffer(data, dtype=torch.uint8)
     return raw.view(torch_dtype(dtype)).view(num_rows, num_columns).float()

@@ -225,6 +225,38 @@ class SolveTask:
         return sum(job.num_elements * element_bytes(job.dtype) for job in self.jobs)
 
 
+@dataclass(frozen=True, slots=True)
+class OutputObject:
+    """A file of an output in an object store."""
+
+    uri: str
+    header: bytes
+    """Its first bytes."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileTask:
+    """Make whole files of outputs in an object store, and upload them: all on one worker."""
+
+    number: int
+    parts: tuple[MergeTask | SolveTask, ...]
+    """Done one after the other; together they fill the files."""
+    files: tuple[OutputObject, ...]
+    states: tuple[int, ...] = ()
+    """Whole-tensor states that must be known before the task can start."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the task reads."""
+        return sum(part.read_bytes for part in self.parts)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that the task writes."""
+        return sum(part.write_bytes for part in self.parts)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureTask:
     """Read one piece and answer one round of questions of one job."""
@@ -272,6 +304,10 @@ class RunContext:
     """Files and folders that every worker must be able to see."""
     hub_models: tuple[HubModel, ...] = ()
     """Models from the Hub: a node that has no copy fetches its own, once."""
+    writable_folders: tuple[str, ...] = ()
+    """URIs under which every worker must be able to write."""
+    stage: str | None = None
+    """Folder on each node's own disk for ranges of remote inputs, and for outputs before their upload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +347,8 @@ class TaskReport:
     merge_seconds: float
     write_seconds: float
     warnings: tuple[str, ...] = ()
+    fetched_bytes: int = 0
+    """Bytes that came from object stores since the worker's last report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +361,8 @@ class MeasureReport:
     read_bytes: int
     read_seconds: float
     merge_seconds: float
+    fetched_bytes: int = 0
+    """Bytes that came from object stores since the worker's last report."""
 
 
 #: states by number, as they travel with a merge task

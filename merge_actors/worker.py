@@ -21,7 +21,7 @@ from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
 from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
-from raymerge.merge_actors.errors import ClusterError, NotFiniteError
+from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.inputs import aligned, arena_bytes, read_pieces
 from raymerge.merge_actors.lane import Lane
@@ -31,7 +31,14 @@ from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
 from raymerge.merge_actors.nonfinite import count_nonfinite, hides_nonfinite
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
 from raymerge.merge_actors.solving import Solving
+from raymerge.merge_actors.storage.folders import exists
+from raymerge.merge_actors.storage.staged_outputs import StagedOutputs
+from raymerge.merge_actors.storage.storage_files import StorageFiles
+from raymerge.merge_actors.storage.store import store_of
+from raymerge.merge_actors.storage.retry import with_retries
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import (
+    FileTask,
     Job,
     MeasureReport,
     MeasureTask,
@@ -50,6 +57,8 @@ if TYPE_CHECKING:
 NUM_LANES = 2
 #: Bytes of one input in a chunk on a GPU: launches and copies want it long.
 _CUDA_CHUNK_BYTES = 256 << 20
+#: The same where an input comes over the network: all ranges of a task are in flight together.
+_REMOTE_CHUNK_BYTES = 256 << 20
 
 
 class Figures(NamedTuple):
@@ -92,7 +101,7 @@ class MergeWorker:
         torch.set_num_threads(context.num_threads)
         allow_many_files()
         device = torch.device("cuda", gpu) if context.device == "cuda" else torch.device("cpu")
-        self._files = files or Files()
+        self._files: Files = files or StorageFiles(context.stage)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(NUM_LANES):
             self._lanes.put(Lane(device))
@@ -108,12 +117,12 @@ class MergeWorker:
         self._prepared = {}
 
     def check(self) -> str:
-        """Check that this node sees every path of the run; return the node's host name.
+        """Check that this node sees every path and bucket of the run; return the node's host name.
 
         Models from the Hub that are not where the driver has them are fetched, once per node.
 
         Raises:
-            ClusterError: a path is missing here.
+            ClusterError: a path is missing here, or a store refuses this node.
             CheckpointError: the Hub does not give a model to this node.
         """
         host = os.uname().nodename
@@ -121,19 +130,57 @@ class MergeWorker:
             if not os.path.exists(model.folder):
                 self._files.move(model.folder, os.path.realpath(locate(model.path, model.revision)))
         for path in self.context.visible_paths:
-            if not os.path.exists(path):
+            if is_remote(path):
+                _check_reachable(host, path)
+            elif not os.path.exists(path):
                 raise ClusterError(
                     f"node {host} does not see {path}; inputs and output must lie on a file system "
-                    "that every node mounts at the same path"
+                    "that every node mounts at the same path, or in an object store"
                 )
+        for uri in self.context.writable_folders:
+            _check_writable(host, uri)
         return host
 
-    def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
+    def make_files(self, task: FileTask, states: Mapping[int, TensorState]) -> TaskReport:
+        """Make files and upload them.
+
+        Raises:
+            RaymergeError: as for `merge` and `solve`, or the store does not take a file.
+        """
+        outputs = StagedOutputs(self._files, task.files, self.context.stage)
+        try:
+            reports = [
+                self.solve(part, outputs)
+                if isinstance(part, SolveTask)
+                else self.merge(part, states, outputs)
+                for part in task.parts
+            ]
+            started = time.perf_counter()
+            outputs.upload()
+            upload_seconds = time.perf_counter() - started
+        finally:
+            outputs.close()
+        return TaskReport(
+            number=task.number,
+            pieces=join_reports([piece for report in reports for piece in report.pieces]),
+            read_bytes=task.read_bytes,
+            write_bytes=task.write_bytes,
+            read_seconds=sum(report.read_seconds for report in reports),
+            merge_seconds=sum(report.merge_seconds for report in reports),
+            write_seconds=sum(report.write_seconds for report in reports) + upload_seconds,
+            warnings=tuple(dict.fromkeys(line for report in reports for line in report.warnings)),
+            fetched_bytes=sum(report.fetched_bytes for report in reports),
+        )
+
+    def merge(
+        self, task: MergeTask, states: Mapping[int, TensorState], outputs: Files | None = None
+    ) -> TaskReport:
         """Carry out a merge task.
 
         Args:
             task: what to read, merge and write.
             states: the whole-tensor states that `task.states` names.
+            outputs: where to write; None writes where inputs are read.
 
         Raises:
             NotFiniteError: an input holds NaN or infinity and that is not allowed.
@@ -144,14 +191,15 @@ class MergeWorker:
         reports: list[PieceReport] = []
         warnings: list[str] = []
         watch = _Stopwatch()
+        chunk_bytes = _REMOTE_CHUNK_BYTES if _reads_remote(task.pieces) else self._chunk_bytes
         try:
-            for chunk in chunks_of(task.pieces, self._must_stay_whole, self._chunk_bytes):
+            for chunk in chunks_of(task.pieces, self._must_stay_whole, chunk_bytes):
                 inputs = read_pieces(chunk, self._files, lane.host_arena(arena_bytes(chunk)))
                 watch.lap("read")
                 for batch in output_batches(chunk):
                     merged = self._merge_batch(chunk, batch, inputs, states, lane, warnings)
                     watch.lap("merge")
-                    reports += [self._write_piece(*one) for one in merged]
+                    reports += [self._write_piece(*one, outputs or self._files) for one in merged]
                     watch.lap("write")
         finally:
             self._lanes.put(lane)
@@ -164,6 +212,7 @@ class MergeWorker:
             merge_seconds=watch.seconds["merge"],
             write_seconds=watch.seconds["write"],
             warnings=tuple(warnings),
+            fetched_bytes=self._files.take_fetched_bytes(),
         )
 
     def _must_stay_whole(self, piece: Piece) -> bool:
@@ -203,8 +252,8 @@ class MergeWorker:
             lane.fetch_output(at)
         return merged
 
-    def solve(self, task: SolveTask) -> TaskReport:
-        """Carry out a solve task.
+    def solve(self, task: SolveTask, outputs: Files | None = None) -> TaskReport:
+        """Carry out a solve task, writing to `outputs` if given.
 
         Raises:
             NotFiniteError: a Gram or a weight holds NaN or infinity.
@@ -221,7 +270,7 @@ class MergeWorker:
             reports = []
             for job, matrix in zip(task.jobs, merged, strict=True):
                 data = matrix.to(torch_dtype(job.dtype)).cpu().reshape(-1).view(torch.uint8).numpy().data
-                self._files.write_from(job.file, job.offset, data)
+                (outputs or self._files).write_from(job.file, job.offset, data)
                 reports.append(solving.report(job, matrix, data))
             clock.append(time.perf_counter())
         finally:
@@ -234,6 +283,7 @@ class MergeWorker:
             read_seconds=0.0,
             merge_seconds=clock[1] - clock[0],
             write_seconds=clock[2] - clock[1],
+            fetched_bytes=self._files.take_fetched_bytes(),
         )
 
     def measure(self, task: MeasureTask) -> MeasureReport:
@@ -253,6 +303,7 @@ class MergeWorker:
                 read_bytes=task.read_bytes,
                 read_seconds=read - started,
                 merge_seconds=time.perf_counter() - read,
+                fetched_bytes=self._files.take_fetched_bytes(),
             )
         finally:
             self._lanes.put(lane)
@@ -321,9 +372,11 @@ class MergeWorker:
                 num_nonfinite += lost
         return Figures(sum_squares, num_nonfinite)
 
-    def _write_piece(self, piece: Piece, job: Job, data: memoryview, figures: Figures) -> PieceReport:
+    def _write_piece(
+        self, piece: Piece, job: Job, data: memoryview, figures: Figures, files: Files
+    ) -> PieceReport:
         first_byte = piece.begin * element_bytes(job.dtype)
-        self._files.write_from(job.file, job.offset + first_byte, data)
+        files.write_from(job.file, job.offset + first_byte, data)
         return PieceReport(
             recipe=job.recipe,
             tensor=job.tensor,
@@ -347,3 +400,29 @@ class MergeWorker:
                 raise NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
             if message not in warnings:
                 warnings.append(message)
+
+
+def _reads_remote(pieces: Sequence[Piece]) -> bool:
+    return any(is_remote(read.file) for piece in pieces for read in piece.reads)
+
+
+def _check_reachable(host: str, uri: str) -> None:
+    try:
+        is_there = exists(uri)
+    except CheckpointError as error:
+        raise ClusterError(f"node {host} does not reach {uri}: {error}") from error
+    if not is_there:
+        raise ClusterError(
+            f"node {host} does not see {uri}; check the endpoint and the credentials of that node's environment"
+        )
+
+
+def _check_writable(host: str, folder: str) -> None:
+    """Write a small object: a node may be allowed to read a bucket and not to write it."""
+    uri = f"{folder}/node-{host}"
+    try:
+        with_retries(
+            lambda: store_of(uri).write(uri, [host.encode()], blocks_in_flight=1), f"write {uri}", OutputError
+        )
+    except OutputError as error:
+        raise ClusterError(f"node {host} cannot write under {folder}: {error}") from error

@@ -16,7 +16,7 @@ from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import torch_dtype
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.stats.weight_names import tensor_names
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class BlockLoader:
         """
         self._checkpoint, self._device = checkpoint, device
         self._dtype = compute_dtype(checkpoint, device)
-        self._files = Files()
+        self._files = StorageFiles()
         self._places: dict[int, list[tuple[Any, str]]] = {}
         self._names: dict[str, list[tuple[str, int]]] = {}
         self._keep: list[Any] = []  # so that an id is never that of another parameter

@@ -18,11 +18,17 @@ from typing import Any
 
 from raymerge.merge_actors.checkpoint.adapter_names import BaseNames
 from raymerge.merge_actors.checkpoint.files import DataFiles, read_json
-from raymerge.merge_actors.checkpoint.folder import Checkpoint, fingerprint
+from raymerge.merge_actors.checkpoint.folder import (
+    Checkpoint,
+    fingerprint,
+    refuse_remote_pickle,
+    resolve_folder,
+)
 from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.checkpoint.pickles import TIED_KEY, converted
 from raymerge.merge_actors.checkpoint.ties import are_same
 from raymerge.merge_actors.errors import CheckpointError, MismatchError
+from raymerge.merge_actors.storage.folders import exists
 
 #: base_model.model.<module>.lora_A[.<adapter>].weight; embeddings have no ".weight".
 _LOW_RANK = re.compile(
@@ -96,21 +102,21 @@ def open_adapter(folder: str | os.PathLike[str], base: Checkpoint, *, allow_pick
         MismatchError: an update has another shape than its base tensor.
     """
     path = os.fspath(folder)
-    resolved = os.path.realpath(path)
-    config_path = os.path.join(resolved, "adapter_config.json")
+    data_folder, small_files = resolve_folder(path, "adapter")
+    config_path = os.path.join(small_files, "adapter_config.json")
     if not os.path.isfile(config_path):
         raise CheckpointError(
-            f"adapter {path!r} has no adapter_config.json in {resolved}; give the folder of a PEFT adapter."
+            f"adapter {path!r} has no adapter_config.json in {data_folder}; give the folder of a PEFT adapter."
         )
     config = read_json(config_path)
     _check_supported(config, path)
-    file, tensors = _read_tensors(resolved, path, allow_pickle=allow_pickle)
+    file, tensors = _read_tensors(data_folder, path, allow_pickle=allow_pickle)
     names = BaseNames(base)
     low_rank, others = _sort_out(tensors, path)
     full = _full_tensors(others, names, config, path)
     return Adapter(
         path=path,
-        folder=resolved,
+        folder=small_files,
         config=config,
         pairs=_pairs(low_rank, full, names, config, path),
         full=full,
@@ -142,13 +148,14 @@ def _check_supported(config: Mapping[str, Any], path: str) -> None:
 def _read_tensors(folder: str, path: str, *, allow_pickle: bool) -> tuple[str, dict[str, TensorInfo]]:
     """Return the data file and its tensors; of a pickle the shared ones under all their names."""
     file = os.path.join(folder, "adapter_model.safetensors")
-    if os.path.exists(file):
+    if exists(file):
         return file, read_header(file)[0]
     pickle = os.path.join(folder, "adapter_model.bin")
-    if not os.path.exists(pickle):
+    if not exists(pickle):
         raise CheckpointError(
             f"adapter {path!r} has no adapter_model.safetensors in {folder}: download it again."
         )
+    refuse_remote_pickle(folder, path)
     files = converted(DataFiles(paths=(pickle,), is_pickle=True), path, allow_pickle=allow_pickle)
     tensors, metadata = read_header(files.paths[0])
     for alias, kept in json.loads(metadata.get(TIED_KEY, "{}")).items():

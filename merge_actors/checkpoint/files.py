@@ -1,4 +1,4 @@
-"""Find the data files of a checkpoint folder, and read its small JSON files.
+"""Find the data files of a checkpoint folder, local or remote, and read its small JSON files.
 
 The order of preference is transformers': `model.safetensors`, an index of safetensors shards,
 then any other safetensors files; PyTorch pickles only when there are none of these.
@@ -6,14 +6,18 @@ then any other safetensors files; PyTorch pickles only when there are none of th
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.folders import entries, read_bytes
+from raymerge.merge_actors.storage.store import Entry
+from raymerge.merge_actors.storage.uris import is_remote
 
 #: Weights of an adapter, which is no model by itself.
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -26,7 +30,7 @@ class DataFiles:
     """The files that hold a checkpoint's tensors."""
 
     paths: tuple[str, ...]
-    """Absolute, sorted."""
+    """Absolute paths or URIs, sorted."""
     is_pickle: bool = False
     """Are, or were before their conversion, PyTorch pickles."""
     index: str | None = None
@@ -35,29 +39,30 @@ class DataFiles:
     """The index: tensor -> file name."""
 
 
-def find_data_files(folder: str) -> DataFiles:
+def find_data_files(folder: str, listing: Sequence[Entry] | None = None) -> DataFiles:
     """Decide which files of a folder are the checkpoint.
 
     Args:
-        folder: absolute and resolved.
+        folder: absolute and resolved, or a URI.
+        listing: what is in it, if that is known.
 
     Raises:
         CheckpointError: a shard is absent, the index is not to be trusted, or nothing is found.
     """
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(single):
-        return DataFiles(paths=(single,))
-    if index := _only(folder, "*.safetensors.index.json"):
-        return _from_index(folder, index, is_pickle=False)
-    if paths := _listed(folder, "*.safetensors"):
+    names = [entry.name for entry in (entries(folder) if listing is None else listing)]
+    if "model.safetensors" in names:
+        return DataFiles(paths=(os.path.join(folder, "model.safetensors"),))
+    if index := _only(folder, names, "*.safetensors.index.json"):
+        return _from_index(folder, names, index, is_pickle=False)
+    if paths := _matching(folder, names, "*.safetensors"):
         _check_complete(folder, paths)
         return DataFiles(paths=paths)
-    if index := _only(folder, "pytorch_model*.bin.index.json"):
-        return _from_index(folder, index, is_pickle=True)
-    if paths := _listed(folder, "pytorch_model*.bin"):
+    if index := _only(folder, names, "pytorch_model*.bin.index.json"):
+        return _from_index(folder, names, index, is_pickle=True)
+    if paths := _matching(folder, names, "pytorch_model*.bin"):
         _check_complete(folder, paths)
         return DataFiles(paths=paths, is_pickle=True)
-    raise _nothing_found(folder)
+    raise _nothing_found(folder, names)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -67,8 +72,7 @@ def read_json(path: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, is not JSON or holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
-            value = json.load(stream)
+        value = json.loads(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}; check the path and its access."
@@ -80,13 +84,15 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def _listed(folder: str, pattern: str) -> tuple[str, ...]:
-    found = glob.glob(os.path.join(glob.escape(folder), pattern))
-    return tuple(sorted(path for path in found if os.path.basename(path) not in ADAPTER_NAMES))
+def _matching(folder: str, names: Sequence[str], pattern: str) -> tuple[str, ...]:
+    # As a shell's pattern does, "*" leaves out what begins with a dot.
+    found = [name for name in names if name[0] != "." and fnmatchcase(name, pattern)]
+    return tuple(os.path.join(folder, name) for name in sorted(found) if name not in ADAPTER_NAMES)
 
 
-def _only(folder: str, pattern: str) -> str | None:
-    found = [path for path in _listed(folder, pattern) if not os.path.basename(path).startswith("adapter_")]
+def _only(folder: str, names: Sequence[str], pattern: str) -> str | None:
+    matching = _matching(folder, names, pattern)
+    found = [path for path in matching if not os.path.basename(path).startswith("adapter_")]
     if len(found) > 1:
         names = ", ".join(os.path.basename(path) for path in found)
         raise CheckpointError(
@@ -95,14 +101,15 @@ def _only(folder: str, pattern: str) -> str | None:
     return found[0] if found else None
 
 
-def _from_index(folder: str, index: str, *, is_pickle: bool) -> DataFiles:
+def _from_index(folder: str, listed: Sequence[str], index: str, *, is_pickle: bool) -> DataFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"weight_map in {index} must map tensor names to file names: {_AGAIN}.")
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_inside(folder, name, index)
-    absent = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    there = set(listed)
+    absent = [name for name in names if name not in there or os.path.isdir(os.path.join(folder, name))]
     if absent:
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of the {len(names)} files in {os.path.basename(index)}: "
@@ -119,6 +126,8 @@ def _check_inside(folder: str, name: str, index: str) -> None:
             f"{index} names the file {name!r}; it must be a plain file name in the folder of the index: "
             f"{_AGAIN}."
         )
+    if is_remote(folder):  # an object store has no links
+        return
     target = os.path.realpath(os.path.join(folder, name))
     if os.path.dirname(target) not in (folder, _blobs(folder)):
         raise CheckpointError(
@@ -161,13 +170,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
-def _nothing_found(folder: str) -> CheckpointError:
-    if any(os.path.exists(os.path.join(folder, name)) for name in ADAPTER_NAMES):
+def _nothing_found(folder: str, names: Sequence[str]) -> CheckpointError:
+    if any(name in names for name in ADAPTER_NAMES):
         return CheckpointError(
             f"{folder} holds an adapter, not a model; write the model as base+adapter, with this folder "
             "after the plus."
         )
-    below = sorted({os.path.basename(os.path.dirname(path)) for path in _listed(folder, "*/*.safetensors")})
+    below = [
+        each.name
+        for each in entries(folder)
+        if each.is_folder
+        and any(inner.name.endswith(".safetensors") for inner in entries(os.path.join(folder, each.name)))
+    ]
     hint = f"; there are some in {_some(below)}: give that folder" if below else ""
     return CheckpointError(
         f"{folder} holds no *.safetensors and no pytorch_model*.bin{hint or ': check the path'}."

@@ -20,6 +20,9 @@ from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.checkpoint.pickles import TIED_KEY, converted
 from raymerge.merge_actors.checkpoint.ties import find_tied
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.folders import entries, map_concurrently, reading
+from raymerge.merge_actors.storage.mirror import mirrored
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 #: Of each data file so many pieces of so many bytes enter the fingerprint, evenly spread.
 _NUM_SAMPLES = 8
@@ -33,7 +36,8 @@ class Checkpoint:
     path: str
     """As the user gave it."""
     folder: str
-    """Absolute, symbolic links resolved: where config and tokenizer are."""
+    """Absolute, symbolic links resolved: where config and tokenizer are. Of a remote checkpoint the
+    copies of these on this machine."""
     tensors: dict[str, TensorInfo]
     """By name, ordered by file and offset; without the aliases in `tied`."""
     config: dict[str, Any]
@@ -58,8 +62,8 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
     """Read the headers of a checkpoint folder.
 
     Args:
-        folder: a local folder with safetensors files (one, or shards with an index), or PyTorch
-            `.bin` files.
+        folder: a local folder or a URI with safetensors files (one, or shards with an index), or
+            a local folder with PyTorch `.bin` files.
         allow_pickle: convert `.bin` files to safetensors in the cache, through torch's
             restricted unpickler; without it they are refused.
 
@@ -67,20 +71,18 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
         CheckpointError: the folder is absent, incomplete, corrupt, or holds no model.
     """
     path = os.fspath(folder)
-    resolved = os.path.realpath(path)
-    if not os.path.isdir(resolved):
-        reason = "is a file; give the folder that holds it" if os.path.exists(resolved) else "does not exist"
-        raise CheckpointError(f"model {path!r} {reason} (looked at {resolved}).")
-    config_path = os.path.join(resolved, "config.json")
+    data_folder, small_files = resolve_folder(path, "model")
+    config_path = os.path.join(small_files, "config.json")
     config = read_json(config_path) if os.path.exists(config_path) else {}
-    data_files = find_data_files(resolved)
+    data_files = find_data_files(data_folder)
     if data_files.is_pickle:
+        refuse_remote_pickle(data_folder, path)
         data_files = converted(data_files, path, allow_pickle=allow_pickle)
     tensors, tied = _read_all(data_files)
     tied |= find_tied(tensors, config)
     return Checkpoint(
         path=path,
-        folder=resolved,
+        folder=small_files,
         tensors={name: tensor for name, tensor in tensors.items() if name not in tied},
         config=config,
         tied=tied,
@@ -88,12 +90,50 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
     )
 
 
+def resolve_folder(path: str, kind: str) -> tuple[str, str]:
+    """Return where a model's weights are, and the local folder with its small files.
+
+    Args:
+        path: a local folder, or a URI.
+        kind: "model" or "adapter", for the message.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if is_remote(path):
+        uri = absolute(path)
+        listing = entries(uri)
+        if not listing:
+            raise CheckpointError(
+                f"{kind} {path!r} does not exist, or is empty; give the URI of the folder that holds its files"
+            )
+        return uri, mirrored(uri, listing)
+    resolved = os.path.realpath(path)
+    if not os.path.isdir(resolved):
+        reason = "is a file; give the folder that holds it" if os.path.exists(resolved) else "does not exist"
+        raise CheckpointError(f"{kind} {path!r} {reason} (looked at {resolved}).")
+    return resolved, resolved
+
+
+def refuse_remote_pickle(folder: str, path: str) -> None:
+    """Refuse PyTorch pickles that are not on this machine: they cannot be read by range.
+
+    Raises:
+        CheckpointError: the folder is a URI.
+    """
+    if is_remote(folder):
+        raise CheckpointError(
+            f"model {path!r} holds only PyTorch pickles, which cannot be read by range; copy it to a local folder, or "
+            "convert it to safetensors"
+        )
+
+
 def _read_all(data_files: DataFiles) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Merge the headers of all files and check them against the index."""
     tensors: dict[str, TensorInfo] = {}
     tied: dict[str, str] = {}
-    for path in data_files.paths:
-        found, metadata = read_header(path)
+    headers = map_concurrently(read_header, data_files.paths, data_files.paths)
+    for path, (found, metadata) in zip(data_files.paths, headers, strict=True):
         if twice := tensors.keys() & found.keys():
             name = min(twice)
             raise CheckpointError(
@@ -134,16 +174,10 @@ def fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
     which statistics measured elsewhere belong.
     """
     digest = xxhash.xxh3_128()
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            num_bytes = os.fstat(descriptor).st_size
-            digest.update(repr((os.path.basename(path), num_bytes)).encode())
-            for part in range(1, 2 * _NUM_SAMPLES, 2):
-                at = num_bytes * part // (2 * _NUM_SAMPLES)
-                digest.update(os.pread(descriptor, _SAMPLE_BYTES, at))
-        finally:
-            os.close(descriptor)
+    for path, (num_bytes, samples) in zip(paths, map_concurrently(_samples, paths, paths), strict=True):
+        digest.update(repr((os.path.basename(path), num_bytes)).encode())
+        for sample in samples:
+            digest.update(sample)
     for tensor in tensors:
         row = (
             tensor.name,
@@ -155,3 +189,11 @@ def fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
         )
         digest.update(repr(row).encode())
     return digest.hexdigest()
+
+
+def _samples(path: str) -> tuple[int, list[bytes]]:
+    """Return the length of a file and the pieces of it that enter the fingerprint."""
+    with reading(path) as reader:
+        num_bytes = reader.num_bytes
+        places = [num_bytes * part // (2 * _NUM_SAMPLES) for part in range(1, 2 * _NUM_SAMPLES, 2)]
+        return num_bytes, [reader.read(at, _SAMPLE_BYTES) for at in places]

@@ -18,10 +18,13 @@ from typing import Any
 
 from raymerge.merge_actors.dtypes import element_bytes, is_known
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.folders import reading
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 #: The limit of the safetensors library.
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
+_FIRST_REMOTE_BYTES = 64 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 #: torch counts elements in int64.
 _MAX_ELEMENTS = 2**63 - 1
@@ -37,7 +40,7 @@ class TensorInfo:
     """safetensors' name of the element type: "BF16"."""
     shape: tuple[int, ...]
     file: str
-    """Absolute path."""
+    """Absolute path, or a URI."""
     begin: int
     """First byte in the file."""
     end: int
@@ -66,7 +69,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
     Raises:
         CheckpointError: the file is absent, truncated or breaks the format.
     """
-    file = os.path.abspath(path)
+    file = absolute(os.fspath(path))
     raw, file_bytes = _read_raw(file)
     entries = _parse(raw, file)
     metadata = _metadata(entries.pop("__metadata__", {}), file)
@@ -80,9 +83,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
 def _read_raw(file: str) -> tuple[bytes, int]:
     """Return the JSON bytes and the number of bytes in the whole file."""
     try:
-        with open(file, "rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            first = stream.read(_LENGTH_BYTES)
+        with reading(file) as reader:
+            file_bytes = reader.num_bytes
+            # Of a remote file enough for most headers at once: a request costs more than its bytes.
+            begin = reader.read(0, _FIRST_REMOTE_BYTES if is_remote(file) else _LENGTH_BYTES)
+            first = begin[:_LENGTH_BYTES]
             if len(first) < _LENGTH_BYTES:
                 raise CheckpointError(
                     f"{file} has {file_bytes} bytes; a safetensors file has at least 8; {_AGAIN}."
@@ -102,7 +107,9 @@ def _read_raw(file: str) -> tuple[bytes, int]:
                     f"{file} is truncated: its header needs {_LENGTH_BYTES + num_header_bytes:,} bytes, "
                     f"the file has {file_bytes:,}; {_AGAIN}."
                 )
-            return stream.read(num_header_bytes), file_bytes
+            if len(begin) >= _LENGTH_BYTES + num_header_bytes:
+                return begin[_LENGTH_BYTES : _LENGTH_BYTES + num_header_bytes], file_bytes
+            return reader.read(_LENGTH_BYTES, num_header_bytes), file_bytes
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file}: {error.strerror}; check the path and its access."

@@ -1,4 +1,4 @@
-"""Turn a model's path into a local folder: as it stands, or downloaded from the Hugging Face Hub.
+"""Turn a model's path into a folder: as it stands, a URI, or downloaded from the Hugging Face Hub.
 
 Called once per node. A lock per model and revision keeps the processes of a node from
 downloading the same files at the same time; the Hub's own cache makes the second call cheap.
@@ -16,9 +16,10 @@ import xxhash
 
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.mirror import SMALL_FILES
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
 #: Weights in sub-folders and `consolidated` files are second copies in other layouts.
@@ -28,21 +29,23 @@ _SECOND_COPIES = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
 def locate(
     path: str, revision: str | None = None, *, weights: bool = True, allow_pickle: bool = False
 ) -> str:
-    """Return the local folder of a model.
+    """Return the folder of a model.
 
     Args:
-        path: a local folder, which wins, or a Hub id like `org/name`.
+        path: a local folder, which wins, a URI, or a Hub id like `org/name`.
         revision: branch, tag or commit on the Hub; None for its default branch.
         weights: download the weights too; without them config and tokenizer are.
         allow_pickle: download PyTorch `.bin` files where there are no safetensors.
 
     Returns:
-        An absolute path.
+        An absolute path, or a URI in its normal form.
 
     Raises:
         CheckpointError: there is no such folder, or the Hub does not give it.
     """
-    local = os.path.abspath(os.path.expanduser(path))
+    if is_remote(path):
+        return _remote(path, revision)
+    local = absolute(path)
     if os.path.exists(local):
         if revision is not None:
             raise CheckpointError(
@@ -50,10 +53,6 @@ def locate(
                 "remove the revision, or rename the local folder to mean the Hub's model."
             )
         return local
-    if "://" in path:
-        raise CheckpointError(
-            f"model {path!r} is a URI; a model is a local folder or a Hub id: copy it to a folder first."
-        )
     if not _HUB_ID.fullmatch(path):
         raise CheckpointError(f"model {path!r} does not exist{_near_by(local)}.")
     key = xxhash.xxh3_64_hexdigest(f"{path}@{revision}".encode())
@@ -61,8 +60,8 @@ def locate(
     os.makedirs(os.path.dirname(lock), exist_ok=True)
     with filelock.FileLock(lock):
         if not weights:
-            return _download(path, revision, _SMALL_FILES)
-        folder = _download(path, revision, _SMALL_FILES + _WEIGHTS)
+            return _download(path, revision, [*SMALL_FILES])
+        folder = _download(path, revision, [*SMALL_FILES, *_WEIGHTS])
         if glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
             return folder
         if not allow_pickle:
@@ -70,7 +69,19 @@ def locate(
                 f"the Hub's model {_named(path, revision)} has no safetensors files in its root folder; "
                 "if its PyTorch pickles are to be trusted, pass --allow-pickle to convert them."
             )
-        return _download(path, revision, _SMALL_FILES + _PICKLES)
+        return _download(path, revision, [*SMALL_FILES, *_PICKLES])
+
+
+def _remote(uri: str, revision: str | None) -> str:
+    if revision is None:
+        return absolute(uri)
+    if not uri.startswith("hf://"):
+        raise CheckpointError(
+            f"model {uri!r} has the revision {revision!r}, which only the Hub has; remove it, or name the folder of "
+            "that revision"
+        )
+    parts = uri.removeprefix("hf://").strip("/").split("/")
+    return absolute("hf://" + "/".join(["/".join(parts[:2]) + f"@{revision}", *parts[2:]]))
 
 
 def _download(path: str, revision: str | None, patterns: list[str]) -> str:

@@ -6,10 +6,10 @@ would cost twice and, with random methods, untie them.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from raymerge.merge_actors.checkpoint.header import TensorInfo
+from raymerge.merge_actors.storage.folders import reading
 
 #: Output layers: the last parts of their names, in the architectures of transformers.
 _HEADS = (
@@ -79,8 +79,5 @@ def are_same(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _sample(tensor: TensorInfo, offset: int) -> bytes:
-    file = os.open(tensor.file, os.O_RDONLY)
-    try:
-        return os.pread(file, min(_SAMPLE_BYTES, tensor.num_bytes - offset), tensor.begin + offset)
-    finally:
-        os.close(file)
+    with reading(tensor.file) as reader:
+        return reader.read(tensor.begin + offset, min(_SAMPLE_BYTES, tensor.num_bytes - offset))

@@ -102,10 +102,13 @@ def test_a_local_path_that_does_not_exist_names_its_neighbours(place: Path, hub_
     assert "(did you mean" in refusal("models/llama-bas")
 
 
-def test_a_uri_is_refused(hub_cache: Path) -> None:
-    assert refusal("s3://bucket/model") == (
-        "model 's3://bucket/model' is a URI; a model is a local folder or a Hub id: "
-        "copy it to a folder first."
+def test_a_uri_stands_for_itself(hub_cache: Path) -> None:
+    assert locate("s3://bucket/model/") == "s3://bucket/model"
+    assert locate("hf://org/name", "v2") == "hf://org/name@v2"
+    assert locate("hf://org/name/inner", "v2") == "hf://org/name@v2/inner"
+    assert refusal("s3://bucket/model", "v2") == (
+        "model 's3://bucket/model' has the revision 'v2', which only the Hub has; remove it, or name the folder of "
+        "that revision"
     )
 
 

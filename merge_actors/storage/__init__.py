@@ -1,0 +1,1 @@
+"""Where files are: local paths and object stores, behind one interface."""

@@ -1,0 +1,198 @@
+"""Object stores through pyarrow's file systems: s3, gs, abfs, hdfs.
+
+Reading and writing have a client each. A read is tried once by the client, so that the retries are ours and
+counted; the parts of an upload are repeated by the client, since only it can repeat one part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from raymerge.merge_actors.storage.store import Entry
+
+#: Seconds without a byte after which a request is given up.
+_STALLED_SECONDS = 15
+_CONNECT_SECONDS = 5
+#: How often the client sends one part of an upload.
+_PART_ATTEMPTS = 6
+
+
+class ArrowReader:
+    """An object that is open through pyarrow."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.num_bytes: int = file.size()
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` by one request."""
+        self._file.seek(offset)
+        return int(self._file.readinto(buffer))
+
+    def close(self) -> None:
+        """Let the object go."""
+        self._file.close()
+
+
+class ArrowStore:
+    """A pair of pyarrow file systems for the URIs of one bucket."""
+
+    def __init__(self, reading: Any, writing: Any) -> None:
+        self._reading, self._writing = reading, writing
+
+    def entry(self, uri: str) -> Entry | None:
+        """Return what there is at a URI."""
+        from pyarrow.fs import FileType
+
+        info = self._reading.get_file_info(_path(uri))
+        return None if info.type == FileType.NotFound else _entry(info)
+
+    def entries(self, uri: str) -> list[Entry]:
+        """Return what is in a folder."""
+        from pyarrow.fs import FileSelector
+
+        found = self._reading.get_file_info(FileSelector(_path(uri), allow_not_found=True))
+        return [_entry(info) for info in found]
+
+    def open(self, uri: str) -> ArrowReader:
+        """Open an object for reading."""
+        return ArrowReader(self._reading.open_input_file(_path(uri)))
+
+    def write(self, uri: str, blocks: Iterable[bytes | memoryview], *, blocks_in_flight: int) -> None:
+        """Upload an object by parts; the last request makes it visible."""
+        path = _path(uri)
+        stream = self._writing.open_output_stream(path)
+        num_bytes = 0
+        try:
+            for number, block in enumerate(blocks, start=1):
+                stream.write(block)
+                num_bytes += len(block)
+                if number % blocks_in_flight == 0:
+                    stream.flush()  # waits for the parts under way, each of which the client has a copy of
+            stream.close()
+        except BaseException:
+            # pyarrow completes an upload when its stream goes, whatever it holds by then.
+            with contextlib.suppress(Exception):
+                stream.close()
+            with contextlib.suppress(Exception):
+                self._writing.delete_file(path)
+            raise
+        found = self.entry(uri)
+        if found is None or found.num_bytes != num_bytes:
+            with contextlib.suppress(Exception):
+                self._writing.delete_file(path)
+            has = "nothing" if found is None else f"{found.num_bytes:,} bytes"
+            raise OSError(f"{num_bytes:,} bytes were written to {uri}, but the store has {has}")
+
+    def delete(self, uris: Sequence[str]) -> None:
+        """Remove objects."""
+        for uri in uris:
+            with contextlib.suppress(FileNotFoundError):
+                self._writing.delete_file(_path(uri))
+
+    def delete_folder(self, uri: str) -> None:
+        """Remove all objects under a URI."""
+        self._writing.delete_dir_contents(_path(uri), missing_dir_ok=True)
+        with contextlib.suppress(OSError):  # an empty marker, where the store has such things
+            self._writing.delete_dir(_path(uri))
+
+
+def make_arrow_store(uri: str) -> ArrowStore:
+    """Make the clients of a bucket.
+
+    Raises:
+        OSError: pyarrow lacks the file system, or it refuses the settings of the environment.
+    """
+    from pyarrow import ArrowException
+
+    scheme = urlsplit(uri).scheme
+    makers = {"s3": _s3, "gs": _gcs, "gcs": _gcs, "hdfs": _hdfs}
+    try:
+        return makers.get(scheme, _azure)(uri)
+    except ImportError as error:
+        raise PermissionError(f"this pyarrow was built without {scheme}://: {error}") from error
+    except (ArrowException, ValueError) as error:
+        raise PermissionError(f"no client for {scheme}:// can be made: {error}") from error
+
+
+def _s3(uri: str) -> ArrowStore:
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and endpoint is None:
+        with contextlib.suppress(OSError):
+            region = resolve_s3_region(urlsplit(uri).netloc)
+    options = {
+        "endpoint_override": endpoint,
+        "region": region or ("us-east-1" if endpoint else None),
+        "request_timeout": _STALLED_SECONDS,
+        "connect_timeout": _CONNECT_SECONDS,
+    }
+    return ArrowStore(
+        S3FileSystem(retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1), **options),
+        S3FileSystem(
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_PART_ATTEMPTS),
+            allow_delayed_open=True,
+            **options,
+        ),
+    )
+
+
+def _gcs(uri: str) -> ArrowStore:
+    from datetime import timedelta
+
+    from pyarrow.fs import GcsFileSystem
+
+    del uri
+    return ArrowStore(
+        GcsFileSystem(retry_time_limit=timedelta(seconds=_CONNECT_SECONDS)),
+        GcsFileSystem(retry_time_limit=timedelta(seconds=60)),
+    )
+
+
+def _azure(uri: str) -> ArrowStore:
+    from pyarrow.fs import AzureFileSystem
+
+    place = urlsplit(uri).netloc
+    _, at, host = place.rpartition("@")
+    account = host.split(".")[0] if at else os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not account:
+        raise ValueError(
+            "write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, or set AZURE_STORAGE_ACCOUNT_NAME"
+        )
+    client = AzureFileSystem(
+        account_name=account,
+        account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"),
+        sas_token=os.environ.get("AZURE_STORAGE_SAS_TOKEN"),
+    )
+    return ArrowStore(client, client)
+
+
+def _hdfs(uri: str) -> ArrowStore:
+    from pyarrow.fs import FileSystem
+
+    client, _ = FileSystem.from_uri(uri)
+    return ArrowStore(client, client)
+
+
+def _path(uri: str) -> str:
+    """Return pyarrow's path: the bucket or container, then the key."""
+    parts = urlsplit(uri)
+    if parts.scheme == "hdfs":
+        return parts.path or "/"
+    place = parts.netloc
+    if parts.scheme in ("abfs", "abfss", "az"):
+        place = place.rpartition("@")[0] or place
+    return f"{place}{parts.path}"
+
+
+def _entry(info: Any) -> Entry:
+    from pyarrow.fs import FileType
+
+    is_folder = info.type == FileType.Directory
+    return Entry(info.base_name, is_folder, 0 if is_folder else info.size, str(info.mtime_ns))
