@@ -237,7 +237,7 @@ class GridRun:
                 todo.append(number)
             else:
                 twins.setdefault(first, []).append(number)
-        self._keep(kept)
+        self.keep(kept)
         # Those whose originals are done were rows already; the others follow their originals.
         self.progress = GridProgress(
             self.num_points,
@@ -281,7 +281,7 @@ class GridRun:
                 table = self.earlier if row["split"] == "validation" else self.earlier_tests
                 table.setdefault(row["key"], row)
 
-    def _keep(self, kept: Sequence[dict[str, Any]]) -> None:
+    def keep(self, kept: Sequence[dict[str, Any]]) -> None:
         """Let the rows that still belong to the file be the results."""
         if not self.options.resume:
             return
