@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.files import Files, RangeRead
+from raymerge.merge_actors.host_input import HostInput, host_input
 from raymerge.merge_actors.methods.block import unit_elements
 from raymerge.merge_actors.task import LowRankRead, Piece, Read, RowRun
 
@@ -31,26 +35,31 @@ def aligned(num_bytes: int) -> int:
 
 
 def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Read every input of some pieces into `arena_P`, by file and offset.
+    """Do as `read_inputs`, with tensors."""
+    return [[each.tensor() for each in of_piece] for of_piece in read_inputs(pieces, files, arena_P.numpy())]
+
+
+def read_inputs(pieces: Sequence[Piece], files: Files, arena: NDArray[np.uint8]) -> list[list[HostInput]]:
+    """Read every input of some pieces into `arena`, by file and offset.
 
     Args:
         pieces: what to read.
         files: open files.
-        arena_P: uint8, at least `arena_bytes(pieces)` long, in host memory.
+        arena: at least `arena_bytes(pieces)` long.
 
     Returns:
         Per piece its inputs, flat and in storage dtype: views of the arena.
     """
-    view = arena_P.numpy().data
+    view = arena.data
     wanted: list[tuple[str, int, int, int]] = []
-    inputs: list[list[torch.Tensor]] = []
+    inputs: list[list[HostInput]] = []
     at = 0
     for piece in pieces:
         of_piece = []
         for read in piece.reads:
             width = element_bytes(read.dtype)
             num_bytes = piece.num_elements * width
-            of_piece.append(arena_P[at : at + num_bytes].view(torch_dtype(read.dtype)))
+            of_piece.append(HostInput(arena[at : at + num_bytes], read.dtype))
             for first, count, to in _ranges(read, piece):
                 wanted.append((read.file, read.offset + first * width, at + to * width, count * width))
             at += aligned(num_bytes)
@@ -65,11 +74,11 @@ def read_pieces(pieces: Sequence[Piece], files: Files, arena_P: torch.Tensor) ->
     for piece, of_piece in zip(pieces, inputs, strict=True):
         for i, read in enumerate(piece.reads):
             if read.row_runs is not None:
-                _read_foreign_rows(of_piece[i], read, piece, files)
+                _read_foreign_rows(of_piece[i].tensor(), read, piece, files)
             if read.low_rank is not None:
-                of_piece[i] = _add_low_rank(of_piece[i], read, piece, factors)
+                of_piece[i] = host_input(_add_low_rank(of_piece[i].tensor(), read, piece, factors), "F32")
         if any(read.row_runs is not None for read in piece.reads):
-            _fill_missing_rows(piece, of_piece)
+            _fill_missing_rows(piece, [each.tensor() for each in of_piece])
     return inputs
 
 

@@ -5,16 +5,18 @@ directly. A task passes three phases, each on its own resources: *read* (storage
 lane's buffers), *merge* (the device), *write* (buffers -> storage). `merge` may be called from
 as many threads as there are lanes, and then one task's reading overlaps the merging of the
 one before and the writing of the one before that. Tasks are idempotent: they overwrite their
-own ranges of preallocated files.
+own ranges of preallocated files. On a CPU what the compiled kernels can do they do, and torch
+is imported when something else comes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from raymerge.merge_actors.checkpoint.hub import locate
@@ -23,19 +25,29 @@ from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
 from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
 from raymerge.merge_actors.files import Files, allow_many_files
-from raymerge.merge_actors.inputs import aligned, arena_bytes, read_pieces
+from raymerge.merge_actors.host_input import HostInput
+from raymerge.merge_actors.inputs import aligned, arena_bytes, read_inputs
+from raymerge.merge_actors.kernels.build import Kernels, load_kernels
+from raymerge.merge_actors.kernels.fused import FusedSlice, NotFinite, fused_slice
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
+from raymerge.merge_actors.methods.interface import Summary
 from raymerge.merge_actors.methods.prepare import TensorState, needs_preparation
 from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
-from raymerge.merge_actors.nonfinite import count_nonfinite, hides_nonfinite
+from raymerge.merge_actors.nonfinite import (
+    count_nonfinite,
+    hides_nonfinite,
+    holds_only_finite,
+    write_one_nan,
+)
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
 from raymerge.merge_actors.solving import Solving
+from raymerge.merge_actors.squares import sum_squares
 from raymerge.merge_actors.storage.folders import exists
+from raymerge.merge_actors.storage.retry import with_retries
 from raymerge.merge_actors.storage.staged_outputs import StagedOutputs
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.storage.store import store_of
-from raymerge.merge_actors.storage.retry import with_retries
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import (
     FileTask,
@@ -49,6 +61,7 @@ from raymerge.merge_actors.task import (
     SolveTask,
     TaskReport,
 )
+from raymerge.merge_actors.torch_threads import borrow_threads, return_threads
 
 if TYPE_CHECKING:
     import torch
@@ -95,21 +108,21 @@ class MergeWorker:
             files: shared by the workers of one process.
             gpu: which of the GPUs that this process sees, if the run is on GPUs.
         """
-        import torch
-
         self.context = context
-        torch.set_num_threads(context.num_threads)
         allow_many_files()
-        device = torch.device("cuda", gpu) if context.device == "cuda" else torch.device("cpu")
+        is_cpu = context.device == "cpu"
         self._files: Files = files or StorageFiles(context.stage)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(NUM_LANES):
-            self._lanes.put(Lane(device))
+            self._lanes.put(Lane("cpu" if is_cpu else "cuda", gpu))
+        self._kernels = load_kernels() if is_cpu else Kernels(None)
         # A CPU's cores are shared by the lanes: merging two tasks at once would only thrash
         # the cache. On a GPU each lane has a stream of its own.
-        self._chunk_bytes = CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
+        self._chunk_bytes = CHUNK_BYTES if is_cpu else _CUDA_CHUNK_BYTES
         self._prepared: dict[int, bool] = {}
-        self._merging: threading.Lock | None = threading.Lock() if device.type == "cpu" else None
+        self._merging: threading.Lock | None = threading.Lock() if is_cpu else None
+        self._importing = threading.Lock()
+        self._has_borrowed_threads = False
 
     def begin(self, context: RunContext) -> None:
         """Become the worker of another run on the same device, with the buffers that are there."""
@@ -189,12 +202,12 @@ class MergeWorker:
         """
         lane = self._lanes.get()
         reports: list[PieceReport] = []
-        warnings: list[str] = []
+        warnings = [self._kernels.remark] if self._kernels.remark else []
         watch = _Stopwatch()
         chunk_bytes = _REMOTE_CHUNK_BYTES if _reads_remote(task.pieces) else self._chunk_bytes
         try:
             for chunk in chunks_of(task.pieces, self._must_stay_whole, chunk_bytes):
-                inputs = read_pieces(chunk, self._files, lane.host_arena(arena_bytes(chunk)))
+                inputs = read_inputs(chunk, self._files, lane.host_arena(arena_bytes(chunk)))
                 watch.lap("read")
                 for batch in output_batches(chunk):
                     merged = self._merge_batch(chunk, batch, inputs, states, lane, warnings)
@@ -231,23 +244,29 @@ class MergeWorker:
         self,
         pieces: Sequence[Piece],
         batch: OutputBatch,
-        inputs: Sequence[list[torch.Tensor]],
+        inputs: Sequence[Sequence[HostInput]],
         states: Mapping[int, TensorState],
         lane: Lane,
         warnings: list[str],
     ) -> list[tuple[Piece, Job, memoryview, Figures]]:
         """Merge some jobs of a task; returns each with its output's bytes in host memory."""
         merged: list[tuple[Piece, Job, memoryview, Figures]] = []
-        outputs = lane.output_arena(batch.num_bytes)
+        lane.make_output(batch.num_bytes)
         with lane.computing(self._merging):
             at = 0
             for number, jobs in batch.jobs:
-                piece, on_device = pieces[number], lane.to_device(inputs[number])
+                piece, on_device = pieces[number], None
                 for job in jobs:
                     num_bytes = piece.num_elements * element_bytes(job.dtype)
-                    out_P = outputs[at : at + num_bytes].view(torch_dtype(job.dtype))
-                    figures = self._merge_piece(piece, job, on_device, states, lane, out_P, warnings)
-                    merged.append((piece, job, lane.host_bytes(at, num_bytes), figures))
+                    out = HostInput(lane.host_output(at, num_bytes), job.dtype)
+                    state = TensorState() if job.state is None else states[job.state]
+                    figures = self._merge_on_host(piece, job, inputs[number], state, out)
+                    if figures is None:
+                        with self._eagerly():
+                            on_device = on_device or lane.to_device(inputs[number])
+                            out_P = lane.output(at, num_bytes, job.dtype)
+                            figures = self._merge_piece(piece, job, on_device, state, lane, out_P, warnings)
+                    merged.append((piece, job, out.data.data, figures))
                     at += aligned(num_bytes)
             lane.fetch_output(at)
         return merged
@@ -258,11 +277,11 @@ class MergeWorker:
         Raises:
             NotFiniteError: a Gram or a weight holds NaN or infinity.
         """
-        import torch
-
         lane = self._lanes.get()
         try:
-            with lane.computing(self._merging):
+            with lane.computing(self._merging), self._eagerly():
+                import torch
+
                 solving = Solving(task, self.context.settings[task.settings][1], self._files, lane.device)
                 clock = [time.perf_counter()]
                 merged = solving.solve()
@@ -291,11 +310,10 @@ class MergeWorker:
         lane = self._lanes.get()
         try:
             started = time.perf_counter()
-            inputs = read_pieces([task.piece], self._files, lane.host_arena(arena_bytes([task.piece])))
+            inputs = read_inputs([task.piece], self._files, lane.host_arena(arena_bytes([task.piece])))[0]
             read = time.perf_counter()
             with lane.computing(self._merging):
-                piece_slice = self._slice(task.piece, task.piece.jobs[0], lane.to_device(inputs[0]), lane)
-                summaries = tuple(piece_slice.measure(m, task.round.state) for m in task.round.measures)
+                summaries = self._measure(task, inputs, lane)
             return MeasureReport(
                 state=task.state,
                 begin=task.piece.begin,
@@ -309,8 +327,53 @@ class MergeWorker:
             self._lanes.put(lane)
 
     def close(self) -> None:
-        """Close the worker's files."""
+        """Close the worker's files, and give torch's threads back."""
         self._files.close()
+        with self._importing:
+            if self._has_borrowed_threads:
+                return_threads()
+                self._has_borrowed_threads = False
+
+    @contextlib.contextmanager
+    def _eagerly(self) -> Iterator[None]:
+        """Compute with torch, which is imported when it is first needed."""
+        import torch
+
+        with self._importing:
+            if not self._has_borrowed_threads:
+                borrow_threads(self.context.num_threads)
+                self._has_borrowed_threads = True
+        with torch.inference_mode():
+            yield
+
+    def _measure(self, task: MeasureTask, inputs: Sequence[HostInput], lane: Lane) -> tuple[Summary, ...]:
+        """Answer a round of questions, by the kernels if they can."""
+        measures, state = task.round.measures, task.round.state
+        fused = self._fused(task.piece, task.piece.jobs[0], inputs)
+        if fused is not None:
+            with contextlib.suppress(NotFinite):
+                return tuple(fused.measure(each, state) for each in measures)
+        with self._eagerly():
+            piece_slice = self._slice(task.piece, task.piece.jobs[0], lane.to_device(inputs), lane)
+            return tuple(piece_slice.measure(each, state) for each in measures)
+
+    def _fused(self, piece: Piece, job: Job, inputs: Sequence[HostInput]) -> FusedSlice | None:
+        """Return a job's slice for the kernels, or None if they do not have its method."""
+        if self._kernels.library is None or job.statistics:
+            return None
+        name, settings = self.context.settings[job.settings]
+        return fused_slice(
+            library=self._kernels.library,
+            method=METHODS[name],
+            settings=settings,
+            sparsifiers=SPARSIFIERS,
+            shape=piece.shape,
+            begin=piece.begin,
+            base=None if job.base is None else inputs[job.base],
+            models=[inputs[i] for i in job.models],
+            keys=job.keys,
+            out_dtype=job.dtype,
+        )
 
     def _slice(self, piece: Piece, job: Job, inputs: list[torch.Tensor], lane: Lane) -> TensorSlice:
         name, settings = self.context.settings[job.settings]
@@ -327,19 +390,39 @@ class MergeWorker:
             pool=lane.pool,
         )
 
+    def _merge_on_host(
+        self, piece: Piece, job: Job, inputs: Sequence[HostInput], state: TensorState, out: HostInput
+    ) -> Figures | None:
+        """Copy or merge one job of a piece without torch; None if that cannot be, or not by this worker."""
+        if self._merging is None:
+            return None  # on a GPU
+        if self.context.settings[job.settings][0] == "copy":
+            out.data[:] = inputs[job.models[0]].data
+            return Figures(0.0, 0)
+        fused = self._fused(piece, job, inputs)
+        if fused is None:
+            return None
+        try:
+            if piece.is_whole:
+                state = prepare_slices([fused], state)
+            unit_squares = fused.merge(state, out.data, out.dtype)
+        except NotFinite:
+            return None
+        if job.dtype in NARROW and not holds_only_finite(out):
+            return None
+        return Figures(sum(unit_squares.tolist()), 0)
+
     def _merge_piece(
         self,
         piece: Piece,
         job: Job,
         inputs: list[torch.Tensor],
-        states: Mapping[int, TensorState],
+        state: TensorState,
         lane: Lane,
         out_P: torch.Tensor,
         warnings: list[str],
     ) -> Figures:
-        """Merge one job of a piece into `out_P` and say what came out."""
-        import torch
-
+        """Merge one job of a piece into `out_P` by the eager formulas and say what came out."""
         name, settings = self.context.settings[job.settings]
         if name == "copy":
             out_P.copy_(inputs[job.models[0]])
@@ -347,21 +430,20 @@ class MergeWorker:
         if hides_nonfinite(METHODS[name], settings):
             self._check_inputs(piece, job, inputs, warnings)
         merging = self._slice(piece, job, inputs, lane)
-        state = TensorState() if job.state is None else states[job.state]
         if piece.is_whole:
             state = prepare_slices([merging], state)
-        sum_squares, num_nonfinite = 0.0, 0
+        total_squares, num_nonfinite = 0.0, 0
         for at, merged_P in merging.merged_blocks(state):
-            out_P[at : at + merged_P.numel()].copy_(merged_P)
-            squares = float(torch.dot(merged_P, merged_P))
+            stored_P = out_P[at : at + merged_P.numel()].copy_(merged_P)
+            squares = sum_squares(merged_P)
             if squares - squares != 0:  # NaN or infinity: in the block, or in the sum alone
                 found = count_nonfinite(merged_P)
                 if found and num_nonfinite == 0:
                     self._check_inputs(piece, job, inputs, warnings)
                 num_nonfinite += found
-                finite_P = merged_P.double()
-                squares = float(finite_P.nan_to_num_(0, 0, 0).square().sum())
-            sum_squares += squares
+                write_one_nan(stored_P, merged_P)
+                squares = sum_squares(merged_P.double().nan_to_num_(0, 0, 0))
+            total_squares += squares
         if job.dtype in NARROW:
             lost = count_nonfinite(out_P) - num_nonfinite
             if lost > 0:
@@ -370,7 +452,7 @@ class MergeWorker:
                     "infinite or NaN; choose another out_dtype, such as bfloat16"
                 )
                 num_nonfinite += lost
-        return Figures(sum_squares, num_nonfinite)
+        return Figures(total_squares, num_nonfinite)
 
     def _write_piece(
         self, piece: Piece, job: Job, data: memoryview, figures: Figures, files: Files

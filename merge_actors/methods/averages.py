@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.methods.interface import Method, Parameter, Settings
+from raymerge.merge_actors.methods.kernel_formula import KernelFormula
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,13 @@ def linear(block: Block) -> torch.Tensor:
     return average.div_(total) if total != 1 else average
 
 
+def linear_kernel(settings: Settings) -> KernelFormula:
+    """Return `linear` for the compiled kernels."""
+    weights = tuple(float(model["weight"]) for model in settings.models)  # type: ignore[arg-type]
+    total = sum(weights) if settings.shared["normalize"] else 1.0
+    return KernelFormula(kind="average", weights=weights, divisor=total)
+
+
 def passthrough(block: Block) -> torch.Tensor:
     """Copy the one model: x, times `scale` if it is given."""
     out = block.model(0)
@@ -52,6 +60,7 @@ def weights_do_not_cancel(settings: Settings) -> str | None:
 LINEAR = Method(
     name="linear",
     merge=linear,
+    kernel=linear_kernel,
     parameters=(
         Parameter(name="weight", per_model=True, required=True, doc="weight of the model"),
         Parameter(name="normalize", kind=bool, default=True, doc="divide by the sum of the weights"),

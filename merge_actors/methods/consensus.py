@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from raymerge.merge_actors.methods.interface import Parameter
+from raymerge.merge_actors.methods.interface import Parameter, Settings
+from raymerge.merge_actors.methods.kernel_formula import KernelFormula
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,13 @@ def sum_task_vectors(block: Block) -> torch.Tensor:
     delta = block.scratch() if len(weights) > 1 else None
     for i, weight in enumerate(weights[1:], start=1):
         total.add_(block.delta(i, out=delta), alpha=weight)
-    divisor = sum(weights) if block.shared["normalize"] and not _cancel(weights) else 1.0
-    return torch.add(block.base(), total, alpha=block.number("lambda") / divisor, out=total)
+    return torch.add(block.base(), total, alpha=_scale_of_sum(block.settings, weights), out=total)
+
+
+def sum_task_vectors_kernel(settings: Settings) -> KernelFormula:
+    """Return `sum_task_vectors` for the compiled kernels."""
+    weights = _weights(settings)
+    return KernelFormula(kind="sum", weights=weights, scale=_scale_of_sum(settings, weights))
 
 
 def sum_agreeing(block: Block) -> torch.Tensor:
@@ -76,7 +82,7 @@ def sum_agreeing(block: Block) -> torch.Tensor:
     import torch
 
     weights = block.numbers("weight")
-    function = block.shared["merge_func"] or ("mean" if block.shared["normalize"] else "sum")
+    function = _merge_function(block.settings)
     vectors = [block.delta(i) for i in range(block.num_models)]
     for vector, weight in zip(vectors, weights, strict=True):
         if weight != 1:
@@ -94,6 +100,21 @@ def sum_agreeing(block: Block) -> torch.Tensor:
         total.div_(divisor)
     bits(total).bitwise_xor_(signs)
     return torch.add(block.base(), total, alpha=block.number("lambda"), out=total)
+
+
+def sum_agreeing_kernel(settings: Settings) -> KernelFormula | None:
+    """Return `sum_agreeing` for the compiled kernels, which do not have `max`."""
+    weights, function = _weights(settings), _merge_function(settings)
+    if function == "max":
+        return None
+    return KernelFormula(
+        kind="sum agreeing",
+        weights=weights,
+        scale=_number(settings, "lambda"),
+        is_mean=function == "mean",
+        least_divisor=_least_divisor(weights) if min(weights) >= 0 else 0.0,
+        cancelled=_CANCELLED * sum(map(abs, weights)),
+    )
 
 
 def elected_signs(block: Block, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -131,8 +152,29 @@ def _counting_weights(
         divisor.add_(torch.sign(vector, out=counts), alpha=weight)
     if min(weights) >= 0:
         # Where none counts the sum is 0, and any positive divisor leaves it so.
-        return divisor.clamp_min_(min([w for w in weights if w > 0], default=1.0))
+        return divisor.clamp_min_(_least_divisor(weights))
     return divisor.masked_fill_(divisor.abs() <= _CANCELLED * sum(map(abs, weights)), 1.0)
+
+
+def _least_divisor(weights: Sequence[float]) -> float:
+    return min([w for w in weights if w > 0], default=1.0)
+
+
+def _merge_function(settings: Settings) -> str:
+    return str(settings.shared["merge_func"] or ("mean" if settings.shared["normalize"] else "sum"))
+
+
+def _scale_of_sum(settings: Settings, weights: Sequence[float]) -> float:
+    divisor = sum(weights) if settings.shared["normalize"] and not _cancel(weights) else 1.0
+    return _number(settings, "lambda") / divisor
+
+
+def _number(settings: Settings, name: str) -> float:
+    return float(settings.shared[name])  # type: ignore[arg-type]
+
+
+def _weights(settings: Settings) -> tuple[float, ...]:
+    return tuple(float(model["weight"]) for model in settings.models)  # type: ignore[arg-type]
 
 
 def _cancel(weights: Sequence[float]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.methods.interface import Parameter, Prepare, Sparsifier, Value
+from raymerge.merge_actors.methods.kernel_formula import KernelStep
 from raymerge.merge_actors.methods.selection import find_cuts, keep_largest
 from raymerge.merge_actors.methods.thinning import (
     DENSITY,
@@ -69,6 +70,24 @@ def thin_at_random(
     return delta_P.sub_(block.base()) if on_weights else delta_P
 
 
+def drop_at_random_kernel(
+    parameters: Mapping[str, Value], state: Thinned | None
+) -> tuple[KernelStep, ...] | None:
+    """Return `drop_at_random` for the compiled kernels, which do without the ablations and the L1 norm."""
+    del state
+    if parameters["mask_strategy"] != "random" or parameters["mask_target"] != "delta":
+        return None
+    density, rescale = density_of(parameters), parameters["rescale"]
+    if density >= 1:
+        return ()
+    if density <= 0:
+        return (KernelStep(kind="zero"),)
+    if rescale == "l1":
+        return None
+    factor = 1 / density if rescale is True else 1.0
+    return (KernelStep(kind="random", limit=keep_limit(1 - density), factor=factor),)
+
+
 def drop_words(delta_P: torch.Tensor, key: int, block: Block, limit: int) -> None:
     """Zero the elements whose random word is at least `limit`."""
     import torch
@@ -105,6 +124,7 @@ def _measure(parameters: Mapping[str, Value], index: int, step: int, num_element
 RANDOM = Sparsifier(
     name="random",
     apply=drop_at_random,
+    kernel=drop_at_random_kernel,
     prepare=_prepare,
     check=l1_needs_the_delta,
     parameters=(

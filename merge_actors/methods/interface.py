@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from raymerge.merge_actors.methods.block import Block
+    from raymerge.merge_actors.methods.kernel_formula import KernelFormula, KernelStep
 
 Value = float | int | bool | str | None
 #: What one slice says about itself: small numpy arrays and numbers, picklable.
@@ -99,6 +100,9 @@ class Sparsifier:
     """Is the measure taken over all tensors of the model (the TIES paper's trim) and not per tensor?"""
     check: Callable[[Mapping[str, Value]], str | None] | None = None
     """A rule across a model's parameters: a sentence if it is broken, else None."""
+    kernel: Callable[[Mapping[str, Value], State], tuple[KernelStep, ...] | None] | None = None
+    """kernel(parameters of the model, state): the same step for the compiled kernels, or None if they do not
+    have it for these parameters, whatever the state."""
     split: Split = "elementwise"
     source: str = ""
 
@@ -111,11 +115,15 @@ class Method:
     merge: Callable[[Block], torch.Tensor]
     """The formula: a block in, float32 of the block's shape out. Of a method that solves: the formula for
     tensors that have no statistic."""
+    kernel: Callable[[Settings], KernelFormula | None] | None = None
+    """The same formula for the compiled kernels, or None if they do not have it for these settings."""
     kind: Literal["block", "solve"] = "block"
     """Is every tensor merged block by block, or are those with a statistic solved for as matrices?"""
     statistic: Literal["gram", "fisher"] | None = None
     """What each model's data must have been measured for: Gram matrices of the inputs of its linear maps, or
     a Fisher value per element, which a block then carries."""
+    is_sequential: bool = False
+    """Are the statistics of a layer taken while merging, from the merged layers before it?"""
     parameters: tuple[Parameter, ...] = ()
     prepare: Callable[[Settings], Prepare | None] | None = None
     sparsifier: Sparsifier | None = None

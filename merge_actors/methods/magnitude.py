@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.methods.interface import Parameter, Prepare, Sparsifier, Value
+from raymerge.merge_actors.methods.kernel_formula import KernelStep, keep_step
 from raymerge.merge_actors.methods.selection import Cut, find_cuts, keep_largest
 from raymerge.merge_actors.methods.thinning import (
     DENSITY,
@@ -50,6 +51,15 @@ def trim(
     return delta_P.mul_(state.factor) if state.factor != 1 else delta_P
 
 
+def trim_kernel(parameters: Mapping[str, Value], state: Thinned | None) -> tuple[KernelStep, ...] | None:
+    """Return `trim` for the compiled kernels, which do without the L1 norm."""
+    if density_of(parameters) >= 1:
+        return ()
+    if parameters["rescale"]:
+        return None
+    return (KernelStep(kind="zero"),) if state is None else keep_step(state.cuts[0])
+
+
 def drop_outliers(
     delta_P: torch.Tensor, parameters: Mapping[str, Value], key: int, block: Block, state: Thinned | None
 ) -> torch.Tensor:
@@ -81,6 +91,21 @@ def drop_outliers(
     else:
         keep_largest(delta_P, kept, block)
     return delta_P.mul_(state.factor) if state.factor != 1 else delta_P
+
+
+def drop_outliers_kernel(
+    parameters: Mapping[str, Value], state: Thinned | None
+) -> tuple[KernelStep, ...] | None:
+    """Return `drop_outliers` for the compiled kernels, which do without the L1 norm."""
+    if density_of(parameters) >= 1:
+        return ()
+    if parameters["rescale"]:
+        return None
+    if state is None:
+        return (KernelStep(kind="zero"),)
+    outliers, kept = state.cuts
+    dropped = KernelStep(kind="not largest", cut=outliers)
+    return (*keep_step(kept), *(() if outliers.keeps_none else (dropped,)))
 
 
 def _prepare_trim(
@@ -129,6 +154,7 @@ def over_the_model(parameters: Mapping[str, Value]) -> bool:
 MAGNITUDE = Sparsifier(
     name="magnitude",
     apply=trim,
+    kernel=trim_kernel,
     prepare=_prepare_trim,
     is_model_wide=over_the_model,
     parameters=(
@@ -148,6 +174,7 @@ MAGNITUDE = Sparsifier(
 BREADCRUMBS = Sparsifier(
     name="breadcrumbs",
     apply=drop_outliers,
+    kernel=drop_outliers_kernel,
     prepare=_prepare_outliers,
     parameters=(
         DENSITY,

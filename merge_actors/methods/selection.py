@@ -78,6 +78,10 @@ class Question:
     shift: int | None = None
     """Ask for a histogram of (pattern - low) >> shift instead of the patterns."""
 
+    def range_without_lumps(self) -> tuple[int, int]:
+        """Return the range without the ends that are counted."""
+        return self.low + (self.low in self.lumps), self.high - (self.high in self.lumps)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -218,7 +222,7 @@ def _answer_on_cpu(patterns_P: torch.Tensor, unit: int, question: Question) -> A
     patterns = patterns_P.numpy()
     unsigned = patterns.view(np.uint64 if patterns.itemsize == 8 else np.uint32)
     integer = unsigned.dtype.type
-    low, high = _without_lumps(question)
+    low, high = question.range_without_lumps()
     num_above = int(np.count_nonzero(unsigned > integer(question.high)))
     counts, lengths, inside = [], [], []
     for begin in range(0, len(unsigned), unit):
@@ -245,17 +249,12 @@ def _answer_on_device(patterns_P: torch.Tensor, unit: int, question: Question) -
     def where(mask_P: torch.Tensor) -> torch.Tensor:
         return mask_P.nonzero().view(-1)
 
-    low, high = _without_lumps(question)
+    low, high = question.range_without_lumps()
     num_above = int((patterns_P > question.high).sum())
     columns = [per_unit(where(patterns_P == lump)) for lump in question.lumps]
     found = where((patterns_P >= low) & (patterns_P <= high))
     counts = np.array(columns, np.int64).reshape(len(columns), num_units).T
     return _packed(question, num_above, counts.tolist(), per_unit(found), patterns_P[found].cpu().numpy())
-
-
-def _without_lumps(question: Question) -> tuple[int, int]:
-    """Return the range without the ends that are counted."""
-    return question.low + (question.low in question.lumps), question.high - (question.high in question.lumps)
 
 
 def _packed(
@@ -339,7 +338,7 @@ def _narrowed(rank: int, low: int, high: int, largest: int) -> Generator[Questio
 
 def _looked_up(rank: int, question: Question, answer: Answer) -> Cut:
     """Return the cut, given the `rank`-th largest of the elements inside the range."""
-    low, inside = _without_lumps(question)[0], answer.inside
+    low, inside = question.range_without_lumps()[0], answer.inside
     num_high = int(answer.lump_counts[:, -1].sum()) if question.high in question.lumps else 0
     if rank <= num_high:
         return _cut(question.high, rank, answer.lump_counts[:, -1], inside.dtype)
@@ -347,7 +346,8 @@ def _looked_up(rank: int, question: Question, answer: Answer) -> Cut:
     if rank > len(inside):
         assert low > question.low
         return _cut(question.low, rank - len(inside), answer.lump_counts[:, 0], inside.dtype)
-    pattern = np.partition(inside, len(inside) - rank)[len(inside) - rank]
+    # A sort, since lumpy values, many of them equal, are what makes a partition slow.
+    pattern = np.sort(inside)[len(inside) - rank]
     unit_of_equals = np.searchsorted(np.cumsum(answer.num_inside), np.flatnonzero(inside == pattern), "right")
     quota = rank - int(np.count_nonzero(inside > pattern))
     per_unit = np.bincount(unit_of_equals, minlength=len(answer.num_inside))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from raymerge.merge_actors.methods.block import UNIT, Block, Pool, Stage, unit_elements
 from raymerge.merge_actors.methods.interface import Measure, Method, Settings, Sparsifier, Summary
@@ -48,6 +48,11 @@ class TensorSlice:
     pool: Pool
     statistics_P: Sequence[torch.Tensor | None] | None = None
     """Of each model what was measured per element (Fisher), flat, any float dtype; None without."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the slice."""
+        return self.models_P[0].numel()
 
     @property
     def split(self) -> str:
@@ -108,12 +113,35 @@ def split_of(method: Method, settings: Settings, sparsifiers: Mapping[str, Spars
     return "rowwise" if "rowwise" in kinds else "elementwise"
 
 
-def prepare_slices(slices: Sequence[TensorSlice], known: TensorState | None = None) -> TensorState:
+class Measurable(Protocol):
+    """A slice that can answer the questions of a preparation, eagerly or by the kernels."""
+
+    @property
+    def method(self) -> Method:
+        """The method that asks."""
+
+    @property
+    def settings(self) -> Settings:
+        """Its settings for this tensor."""
+
+    @property
+    def sparsifiers(self) -> Mapping[str, Sparsifier]:
+        """The registry of sparsifying steps."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the slice."""
+
+    def measure(self, measure: Measure, state: TensorState) -> Summary:
+        """Answer one question of a preparation for this slice."""
+
+
+def prepare_slices(slices: Sequence[Measurable], known: TensorState | None = None) -> TensorState:
     """Measure a tensor whose slices are all at hand."""
     first = slices[0]
     if not needs_preparation(first.method, first.settings, first.sparsifiers):
         return known or TensorState()
-    num_elements = sum(s.models_P[0].numel() for s in slices)
+    num_elements = sum(s.num_elements for s in slices)
     questions = preparation(first.method, first.settings, num_elements, first.sparsifiers, known)
     try:
         asked = next(questions)

@@ -14,7 +14,9 @@ from raymerge.merge_actors.methods.consensus import (
     NORMALIZE,
     WEIGHT,
     sum_agreeing,
+    sum_agreeing_kernel,
     sum_task_vectors,
+    sum_task_vectors_kernel,
 )
 from raymerge.merge_actors.methods.dare import RANDOM
 from raymerge.merge_actors.methods.della import DELLA
@@ -34,6 +36,7 @@ def _method(
     return Method(
         name=name,
         merge=sum_agreeing if has_consensus else sum_task_vectors,
+        kernel=sum_agreeing_kernel if has_consensus else sum_task_vectors_kernel,
         parameters=(WEIGHT, LAMBDA, NORMALIZE, *((MERGE_FUNC,) if has_consensus else ())),
         sparsifier=sparsifier,
         base="required",
