@@ -6,11 +6,13 @@ ones are a fair sample (pruning looks at them) and no metric depends on who scor
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from raymerge.stats.evaluation.scores import EXAMPLE, Estimate, Scores, concatenate
 from raymerge.stats.evaluation.task_spec import EvaluationError, Split, TaskSpec
@@ -40,6 +42,12 @@ class PreparedTask(ABC):
     def metrics(self) -> tuple[str, ...]:
         """Names of what `summarise` returns, the main one first."""
         return self.task.metric_names()
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hex over the tokenised examples and their labels."""
+        text = json.dumps(self._content(), default=str, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
     @property
     def num_batches(self) -> int:
@@ -83,6 +91,10 @@ class PreparedTask(ABC):
     @abstractmethod
     def _score_batch(self, model: ResidentModel, batch: Sequence[int]) -> Scores:
         """Score the examples of a batch; the arrays have one row each."""
+
+    @abstractmethod
+    def _content(self) -> object:
+        """Return what is scored, as JSON values."""
 
     @abstractmethod
     def _summarise(self, scores: Scores) -> dict[str, Estimate]:

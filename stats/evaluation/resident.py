@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.dtypes import torch_dtype
 from raymerge.merge_actors.errors import MismatchError, RecipeError
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.files import LocalFiles
 from raymerge.stats.evaluation.fused import Part, find_parts
 from raymerge.stats.evaluation.structures import Structure, build_structure
 from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
@@ -194,7 +194,7 @@ def read_tensors(checkpoint: Checkpoint, names: Any) -> dict[str, Any]:
     """Read whole tensors into memory of their own."""
     import torch
 
-    files = Files()
+    files = LocalFiles()
     found = {}
     for name in names:
         tensor = checkpoint.tensors[checkpoint.tied.get(name, name)]

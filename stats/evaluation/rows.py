@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.data_rows import DataSpec, check_columns, choose, read_table
 from raymerge.stats.evaluation.task_spec import Split, TaskSpec
@@ -122,6 +125,20 @@ def check_text(task: TaskSpec, table: Table, column: str, kind: type = str) -> N
                 "",
                 f"{table.place(index)} holds a {type(value).__name__} in {column!r} where {wanted} is needed.",
             )
+
+
+def numbers_of(task: TaskSpec, table: Table, column: str) -> NDArray[np.float64]:
+    """Return a column of numbers.
+
+    Raises:
+        RecipeError: naming the first row that holds something else.
+    """
+    for i, value in enumerate(table.columns[column]):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+            raise task.error(
+                "label_column", f"{table.place(i)} has {value!r} in {column!r} where a number is needed."
+            )
+    return np.array(table.columns[column], dtype=np.float64)
 
 
 def _is_there(value: Any) -> bool:

@@ -12,7 +12,7 @@ from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
 from raymerge.stats.model_loading import building_without_weights
 
-#: Which of transformers' automatic classes makes a model of a kind; {} stands for what the head's config names.
+#: Which of transformers' automatic classes makes a model of a kind.
 AUTO_CLASSES: dict[ModelKind, str] = {
     "language_model": "AutoModelForCausalLM",
     "sequence_classifier": "AutoModelForSequenceClassification",
@@ -20,6 +20,7 @@ AUTO_CLASSES: dict[ModelKind, str] = {
     "encoder": "AutoModel",
 }
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
+_MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
 class Structure:
@@ -124,8 +125,14 @@ def model_class_for(task: TaskSpec, config: Any) -> Any:
     """
     import transformers
 
-    if task.model_kind == "language_model" and config.is_encoder_decoder:
-        return getattr(transformers, _SEQ2SEQ)
+    if task.model_kind == "language_model":
+        if config.is_encoder_decoder and task.takes_encoder_decoder:
+            return getattr(transformers, _SEQ2SEQ)
+        named = config.architectures or [f"a {config.model_type}"]
+        if config.is_encoder_decoder or any(name.endswith(_MASKED) for name in named):
+            raise task.error(
+                "kind", f"{task.kind} needs a causal language model; the models are {', '.join(named)}."
+            )
     return getattr(transformers, AUTO_CLASSES[task.model_kind])
 
 

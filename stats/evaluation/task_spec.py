@@ -35,6 +35,9 @@ class TaskSpec:
     needs_data: ClassVar[bool] = True
     """Whether `validation:` has to be given."""
 
+    takes_encoder_decoder: ClassVar[bool] = False
+    """Whether an encoder-decoder can be its language model."""
+
     name: str
     """Unique in the section; the first part of its metrics' names."""
     validation: str | Mapping[str, str] | None = None

@@ -7,13 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.stats.evaluation.embedding_similarity import EmbeddingSimilarity
+from raymerge.stats.evaluation.generation import Generation
+from raymerge.stats.evaluation.loss import Loss
+from raymerge.stats.evaluation.multiple_choice import MultipleChoice
+from raymerge.stats.evaluation.python_callable import PythonTask
 from raymerge.stats.evaluation.spec_reader import closest, read_fields
 from raymerge.stats.evaluation.task_spec import TaskSpec
 from raymerge.stats.evaluation.text_classification import TextClassification
+from raymerge.stats.evaluation.token_classification import TokenClassification
 
 #: kind -> what a task of the kind may say.
 TASKS: dict[str, type[TaskSpec]] = {
+    "loss": Loss,
+    "multiple_choice": MultipleChoice,
+    "generation": Generation,
     "text_classification": TextClassification,
+    "token_classification": TokenClassification,
+    "embedding_similarity": EmbeddingSimilarity,
+    "python": PythonTask,
 }
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -11,7 +11,7 @@ import numpy as np
 from raymerge.stats.evaluation import metrics
 from raymerge.stats.evaluation.labels import LabelMap, is_regression
 from raymerge.stats.evaluation.prepared import PreparedTask, cut_by_tokens, finite
-from raymerge.stats.evaluation.rows import Table, check_text, read_table_of
+from raymerge.stats.evaluation.rows import Table, check_text, numbers_of, read_table_of
 from raymerge.stats.evaluation.scores import Estimate, Scores
 from raymerge.stats.evaluation.structures import head_config
 from raymerge.stats.evaluation.task_spec import ModelKind, Split, TaskSpec
@@ -74,6 +74,9 @@ class PreparedClassification(PreparedTask):
         remarks = [*table.remarks, *self._encoder.remarks()]
         super().__init__(task, split, cut_by_tokens(widths, task.batch_tokens), remarks)
 
+    def _content(self) -> object:
+        return [self._encodings, self._gold_N.tolist()]
+
     def _score_batch(self, model: ResidentModel, batch: Sequence[int]) -> Scores:
         module = model.module(self.task)
         inputs = self._encoder.tensors([self._encodings[i] for i in batch], model.device)
@@ -119,9 +122,4 @@ def _labels(task: TextClassification, table: Table, config: Mapping[str, Any]) -
         return np.array(
             [names.number(label, table.place(i)) for i, label in enumerate(given)], dtype=np.int32
         )
-    for i, label in enumerate(given):
-        if isinstance(label, bool) or not isinstance(label, int | float) or not np.isfinite(label):
-            raise task.error(
-                "label_column", f"{table.place(i)} has the label {label!r} where a number is needed."
-            )
-    return np.array(given, dtype=np.float64)
+    return numbers_of(task, table, task.label_column)
