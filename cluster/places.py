@@ -12,6 +12,7 @@ from raymerge.cluster.layers import find_stacks, is_before_layers, main_stacks, 
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.recipe import LayerSlice, Module, Recipe
 from raymerge.cluster.settings import layer_position
+from raymerge.cluster.vocabulary_rows import find_counterpart, is_head, tensors_of
 from raymerge.merge_actors.errors import RecipeError
 
 
@@ -43,7 +44,32 @@ def places_by_slice(
                 places = _range_places(recipe, layers, names, stacks, next_layer, number, len(module.slices))
                 next_layer += layers.num_layers
             groups.append((module, layers, places))
+        if module.slices[-1].num_layers is not None and len(module.slices) > 1:
+            places += _head_of_last(recipe, module, models, groups)
     return groups
+
+
+def _head_of_last(
+    recipe: Recipe,
+    module: Module,
+    models: Mapping[str, LoadedModel],
+    groups: Sequence[tuple[Module, LayerSlice, list[Place]]],
+) -> list[Place]:
+    """Return the output layer of a stack that begins in a model with one of its own and ends in a tied one.
+
+    The output's config says that there is one, so it must be stored: it is the last model's embedding.
+    """
+    first = models[module.slices[0].uses()[0].model.key]
+    made = {place.name for group, _, places in groups if group is module for place in places}
+    heads = [name for name in tensors_of(first) if is_head(name) and name not in made]
+    last = [models[use.model.key] for use in module.slices[-1].uses()]
+    found = []
+    for name in heads:
+        sources = [find_counterpart(model, name) for model in last]
+        if all(source is not None for source in sources):
+            t = layer_position(recipe, None, 1, is_after_layers=True)
+            found.append(Place(name, tuple(source.name for source in sources if source is not None), t))
+    return found
 
 
 def _names_of(model: LoadedModel, module: str, claimed: Sequence[str], recipe: Recipe) -> list[str]:

@@ -381,6 +381,33 @@ def test_frankenmerge_renumbers_layers_and_mends_the_config(
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("order", [("untied", "tied"), ("tied", "untied")])
+def test_a_stack_of_tied_and_untied_models_ends_in_the_last_ones_head(
+    order: tuple[str, str], tiny_checkpoints: Callable[..., Any], tmp_path: Path
+) -> None:
+    folders = {
+        "untied": tiny_checkpoints("llama").models[0],
+        "tied": tiny_checkpoints("llama", tied=True).models[1],
+    }
+    first, last = (str(folders[each]) for each in order)
+    out = tmp_path / "out"
+    run(
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": first, "layer_range": [0, 2]}]},
+                {"sources": [{"model": last, "layer_range": [0, 2]}]},
+            ],
+        },
+        out,
+    )
+    merged = load_file(out / "model.safetensors")
+    ending = load_file(Path(last) / "model.safetensors")
+    head = "model.embed_tokens.weight" if order[1] == "tied" else "lm_head.weight"
+    assert torch.equal(merged["lm_head.weight"], ending[head])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_merged_layer_ranges(tiny_checkpoints: Callable[..., Any], tmp_path: Path) -> None:
     """A slice of several models merges the layers that stand at the same place in their ranges."""
     family = tiny_checkpoints("llama")
