@@ -132,6 +132,7 @@ class _Planner:
         self._places = [_output_places(recipe) for recipe in recipes]
 
     def plan(self) -> Plan:
+        """Cut everything, in the order of the disk."""
         for number, recipe in enumerate(self.recipes):
             self._plan_model_wide(number, recipe)
         tensors = [recipe.tensors for recipe in self.recipes]

@@ -24,6 +24,7 @@ def group_by_input(recipes: Sequence[Sequence[MergedTensor]]) -> list[list[tuple
     by_input: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def root(key: tuple[int, int]) -> tuple[int, int]:
+        """Return the one that stands for a tensor's group."""
         while parent[key] != key:
             parent[key] = parent[parent[key]]
             key = parent[key]

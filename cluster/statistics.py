@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.cluster.connect import connected_for_statistics
+from raymerge.cluster.connect import Placement, connected_for_statistics
 from raymerge.cluster.model_ref import ModelRef, parse_model
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
@@ -92,29 +92,12 @@ def collect_statistics(
             workers=options.workers,
             device=options.device,
         ) as (group, placement):
-            job = MeasureJob(
-                model=ref.path,
-                revision=ref.revision,
-                allow_pickle=options.allow_pickle,
-                kind=options.kind,
-                data=options.data,
-                estimator=options.estimator,
-                device=placement.device,
-                threads=placement.threads_per_worker,
-                work_folder=folder.path,
-            )
+            job = _job(ref, options, placement, folder.path)
             run = StatisticsRun(options, checkpoint, folder, job, group, on_remark, on_progress)
             run.prepare()
             num_resumed = len(run.journal["groups"])
             run.measure()
-        manifest = run.manifest()
-        output = folder.output(OUTPUT)
-        os.makedirs(output, exist_ok=True)
-        for name in set(os.listdir(output)) - set(manifest["files"]):
-            os.remove(os.path.join(output, name))  # of an attempt with more workers that was repeated
-        write_json(os.path.join(output, MANIFEST), manifest)
-        folder.commit([OUTPUT], is_campaign=False)
-        folder.remove()
+        _commit(run, folder)
     return StatisticsResult(
         out=folder.out,
         statistics=open_statistics(folder.out),
@@ -124,6 +107,32 @@ def collect_statistics(
         num_groups=len(run.plan.groups),
         num_resumed=num_resumed,
     )
+
+
+def _job(ref: ModelRef, options: StatisticsOptions, placement: Placement, work_folder: str) -> MeasureJob:
+    return MeasureJob(
+        model=ref.path,
+        revision=ref.revision,
+        allow_pickle=options.allow_pickle,
+        kind=options.kind,
+        data=options.data,
+        estimator=options.estimator,
+        device=placement.device,
+        threads=placement.threads_per_worker,
+        work_folder=work_folder,
+    )
+
+
+def _commit(run: StatisticsRun, folder: RunFolder) -> None:
+    """Write the manifest of a finished run, and rename its folder."""
+    manifest = run.manifest()
+    output = folder.output(OUTPUT)
+    os.makedirs(output, exist_ok=True)
+    for name in set(os.listdir(output)) - set(manifest["files"]):
+        os.remove(os.path.join(output, name))  # of an attempt with more workers that was repeated
+    write_json(os.path.join(output, MANIFEST), manifest)
+    folder.commit([OUTPUT], is_campaign=False)
+    folder.remove()
 
 
 def _check_free(folder: RunFolder, options: StatisticsOptions) -> None:

@@ -96,6 +96,7 @@ class _Reader:
         return Document(value=value, origin=Origin(file=self.file, line=line, lines=self.lines))
 
     def value(self, node: yaml.Node, key: str) -> Any:
+        """Return a node as plain values, and note the lines of its keys."""
         self.enter(node)
         value: Any
         if isinstance(node, yaml.ScalarNode):
@@ -118,6 +119,7 @@ class _Reader:
         self.open_nodes.add(id(node))
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
+        """Return a number, a switch, a text or nothing; tags that make other things are refused."""
         kind = node.tag.removeprefix(_TAG_PREFIX)
         if kind in ("str", "timestamp", "value"):
             return node.value

@@ -144,6 +144,7 @@ class BlockPass:
         original = module.forward
 
         def forward(*arguments: Any, **named: Any) -> Any:
+            """Hand the cached or the given hidden states on."""
             hidden = arguments[0] if arguments else named["hidden_states"]
             if is_first and form.has_more:
                 self._more[stack] = original(*arguments, **named)[1:]
