@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kept_file import Report
 from paired import Accuracy, accuracy, difference
+from zoo_pictures import COLOURS, panels
 from zoo_points import Point, ZooSetting
 from zoo_scores import Answers
 
 #: What others are compared with.
 REFERENCE = "regmean"
-_COLOURS = ("#2a6f97", "#d1495b", "#edae49", "#3d5a45", "#66418c")
 
 
 def groups(setting: ZooSetting) -> dict[str, list[str]]:
@@ -140,45 +140,28 @@ def _figures(setting: ZooSetting, point: Point, answers: Mapping[str, Answers]) 
 
 
 def draw(
-    path: Path, settings: Sequence[tuple[ZooSetting, Sequence[Point], Mapping[str, Answers]]]
+    page: Path, settings: Sequence[tuple[ZooSetting, Sequence[Point], Mapping[str, Answers]]]
 ) -> list[Path]:
-    """Draw methods, and each curve, one panel per setting, beside the page at `path`; returns the pictures."""
+    """Draw methods, and each curve, one panel per setting, beside the page; returns the pictures."""
     curves = dict.fromkeys(p.curve for _, points, _ in settings for p in points if p.curve)
-    pictures = [path.with_name(f"{path.stem}_{name}.png") for name in ("methods", *curves)]
-    _draw(pictures[0], settings, _draw_methods, height=6.4)
+    pictures = [page.with_name(f"{page.stem}_{name}.png") for name in ("methods", *curves)]
+    titles = [setting.name for setting, _, _ in settings]
+    with panels(pictures[0], titles, 5.6, 6.4) as drawn:
+        for axes, (setting, points, answers) in zip(drawn, settings, strict=True):
+            _draw_methods(axes, setting, points, answers)
     for picture, curve in zip(pictures[1:], curves, strict=True):
-
-        def panel(axes: Any, setting: ZooSetting, points: Any, answers: Any, curve: str = curve) -> None:
-            _draw_curve(axes, setting, [each for each in points if each.curve == curve], answers, curve)
-
-        _draw(picture, settings, panel, height=4.2)
+        with panels(picture, titles, 5.6, 4.2) as drawn:
+            for axes, (setting, points, answers) in zip(drawn, settings, strict=True):
+                of_curve = [point for point in points if point.curve == curve]
+                _draw_curve(axes, setting, of_curve, answers, curve)
     return pictures
-
-
-def _draw(path: Path, settings: Any, panel: Callable[..., None], height: float) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(
-        1, len(settings), figsize=(5.6 * len(settings), height), layout="constrained", squeeze=False
-    )
-    for axes, (setting, points, answers) in zip(all_axes[0], settings, strict=True):
-        panel(axes, setting, points, answers)
-        axes.set_title(setting.name, loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _draw_methods(
     axes: Any, setting: ZooSetting, points: Sequence[Point], answers: Mapping[str, Answers]
 ) -> None:
     rows = {row: point for row, point in chosen(points, answers).items() if row != "base"}
-    for colour, (group, probes) in zip(_COLOURS, groups(setting).items(), strict=False):
+    for colour, (group, probes) in zip(COLOURS, groups(setting).items(), strict=False):
         found = [accuracy(answers_of(answers[point.name], probes)) for point in rows.values()]
         axes.errorbar(
             [100 * each.value for each in found],
@@ -199,7 +182,7 @@ def _draw_curve(
     axes: Any, setting: ZooSetting, points: Sequence[Point], answers: Mapping[str, Answers], curve: str
 ) -> None:
     places = [(point.axes or {})[curve] for point in points]
-    for colour, (group, probes) in zip(_COLOURS, groups(setting).items(), strict=False):
+    for colour, (group, probes) in zip(COLOURS, groups(setting).items(), strict=False):
         found = [accuracy(answers_of(answers[point.name], probes)) for point in points]
         values, errors = [100 * each.value for each in found], [100 * each.error for each in found]
         axes.errorbar(

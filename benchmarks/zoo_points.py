@@ -15,7 +15,7 @@ from typing import Any
 from raymerge.merge_actors.methods import METHODS
 
 #: The settings whose recipes are not a curve: RegMean's defaults, and the samples of each kind of statistics.
-ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 256
+ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 128
 ALPHAS = tuple(step / 20 for step in range(21))
 SAMPLES = (1, 4, 16, 64, 256, 1000)
 ESTIMATORS = ("expected", "sampled", "empirical")

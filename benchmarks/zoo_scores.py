@@ -99,18 +99,28 @@ def examine(
     setting: ZooSetting,
     points: Iterable[Point],
     splits: Sequence[str] = ("validation", "test"),
+    folder: str | None = None,
 ) -> dict[str, Answers]:
     """Return the answers of every point, merging and asking those that were not asked before.
 
     The working folder must be the zoo: recipes name models relative to it.
+
+    Args:
+        zoo: the zoo.
+        work: keeps the answers.
+        setting: whose probes are asked.
+        points: with names of their own.
+        splits: of the probes' data.
+        folder: of the answers, in `work` [the setting's name].
     """
     examiner, found = Examiner(zoo), {}
     names: set[str] = set()
+    assert len({probe.name for probe in setting.probes}) == len(setting.probes), "probes share a name"
     with raymerge.Session(in_process=True) as session:
         for point in points:
             assert point.name not in names, point.name
             names.add(point.name)
-            file = work / "answers" / setting.name / f"{point.name.replace(' ', '_')}.json"
+            file = work / "answers" / (folder or setting.name) / f"{point.name.replace(' ', '_')}.json"
             key = _key(zoo, point, splits)
             kept = json.loads(file.read_text()) if file.exists() else {}
             if kept.get("key") != key:

@@ -92,6 +92,39 @@ def test_every_recipe_of_the_study_reads_without_remarks(part: Part, zoo: Path) 
                 assert (len(recipes), remarks) == (1, [])
 
 
+def test_every_recipe_of_the_dare_study_reads_without_remarks(part: Part, zoo: Path) -> None:
+    dare, setting = part("zoo_dare_study"), part("zoo_points").read_settings(zoo)[1]
+    single = next(dare.single_settings(setting))
+    assert [probe.name for probe in single.probes] == ["one"]
+    assert single.models == ("tasks/models/one",)
+    points = [*dare.single_points(single), *dare.merge_points(setting)]
+    assert len({point.name for point in points}) == len(points)
+    for point in points:
+        recipes, remarks = load_recipes(dict(point.recipe), strict=True)
+        assert (len(recipes), remarks) == (1, [])
+
+
+def test_merge_to_learn_keeps_the_general_model_whole_and_weighs_skills_by_steps(
+    part: Part, zoo: Path
+) -> None:
+    learn, settings = part("zoo_merge_to_learn"), part("zoo_points").read_settings(zoo)
+    setting = learn.skills_setting(*settings)
+    assert [(probe.name, probe.group, probe.head) for probe in setting.probes] == [
+        ("one", "general", learn.GENERAL),
+        ("two", "general", learn.GENERAL),
+        ("ood", "out of domain", learn.GENERAL),
+        ("one", "tasks", "tasks/models/one"),
+        ("two", "tasks", "tasks/models/two"),
+    ]
+    points = list(learn.sweep_points(setting, {"general": 100, "one": 30, "two": 50}))
+    rule = next(point for point in points if point.name == "all skills_rule")
+    weights = {use["model"]: use["parameters"]["weight"] for use in rule.recipe["models"]}
+    assert weights == {learn.GENERAL: 1, "tasks/models/one": 0.3, "tasks/models/two": 0.5}
+    for point in points:
+        recipes, remarks = load_recipes(dict(point.recipe), strict=True)
+        assert (len(recipes), remarks) == (1, [])
+
+
 def test_the_best_on_validation_is_chosen_whatever_the_test_says(
     part: Part, zoo: Path, tmp_path: Path
 ) -> None:
