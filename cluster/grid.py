@@ -139,6 +139,8 @@ class GridRun:
             self.num_points = min(self.num_points, options.limit)
         #: rows of an earlier run by key, one each
         self.earlier: dict[str, dict[str, Any]] = {}
+        #: key of each point that an earlier run had finished, by its number there
+        self.earlier_keys: dict[int, str] = {}
         self.earlier_tests: dict[str, dict[str, Any]] = {}
         #: axes of the points of a search, by number
         self.point_of: Callable[[int], Point] | None = None
@@ -228,15 +230,21 @@ class GridRun:
         twins: dict[int, list[int]] = {}
         todo: list[int] = []
         kept: list[dict[str, Any]] = []
+        same: list[int | None] = []
         for number in range(self.num_points):
             point = point_of(number)
             first = first_of.setdefault(point.key, number)
             if point.key in self.earlier:
                 kept.append(self.row_of(point, self.earlier[point.key], None if first == number else first))
+                same.append(self.earlier[point.key]["same_as"])
             elif first == number:
                 todo.append(number)
             else:
                 twins.setdefault(first, []).append(number)
+        for row, other in zip(kept, same, strict=True):
+            found = first_of.get(self.earlier_keys.get(other, "")) if other is not None else None
+            if row["same_as"] is None and found != row["point"]:
+                row["same_as"] = found
         self.keep(kept)
         # Those whose originals are done were rows already; the others follow their originals.
         self.progress = GridProgress(
@@ -280,6 +288,7 @@ class GridRun:
             if row["status"] != "failed":
                 table = self.earlier if row["split"] == "validation" else self.earlier_tests
                 table.setdefault(row["key"], row)
+                self.earlier_keys[row["point"]] = row["key"]
 
     def keep(self, kept: Sequence[dict[str, Any]]) -> None:
         """Let the rows that still belong to the file be the results."""

@@ -62,6 +62,8 @@ class _Trials:
         self.rows: dict[str, dict[str, Any]] = {}
         #: rows that were found, until the first trial has to be run
         self.kept: list[dict[str, Any]] | None = []
+        #: columns of the values at the rungs, by trial
+        self.seen: dict[int, dict[str, float]] = {}
         run.point_of = self.point
 
     def point(self, number: int) -> Point:
@@ -95,7 +97,12 @@ class _Trials:
         for point in points:
             first = self.first.setdefault(point.key, point.number)
             if point.key not in self.rows and point.key in self.run.earlier:
-                self.rows[point.key] = self.run.earlier[point.key]
+                row = self.rows[point.key] = self.run.earlier[point.key]
+                self.seen[point.number] = {
+                    name: value
+                    for name, value in row.items()
+                    if name.startswith("rung.") and value is not None
+                }
             if point.key not in self.rows:
                 todo.setdefault(point.key, point)
             elif self.kept is not None:
@@ -127,7 +134,7 @@ class _Trials:
     def run_points(self, points: Sequence[Point]) -> None:
         """Run some points and take down their rows."""
         by_number = {point.number: point for point in points}
-        seen: dict[int, dict[str, float]] = {}
+        seen = self.seen
         rungs = self.asked.pruning.rungs if self.asked.pruning else ()
 
         def should_stop(point: Point, fraction: float, metrics: Mapping[str, float]) -> bool:
@@ -139,6 +146,8 @@ class _Trials:
 
         def on_row(row: dict[str, Any]) -> None:
             point = by_number[int(row["point"])]
+            if row.get("same_as") is not None:  # not scored, and so not looked at: it is as its like
+                seen[point.number] = seen.get(row["same_as"], {})
             row = row | seen.get(point.number, {})
             self.rows[point.key] = row
             self.run.add(point, row)

@@ -223,10 +223,10 @@ def rank(rows: Iterable[Mapping[str, Any]], selection: Selection) -> list[Ranked
         rows: of the results.
         selection: what counts.
     """
+    rows = [row for row in rows if row["status"] == "ok"]
+    same_as = {int(row["point"]): row.get("same_as") for row in rows}
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["status"] != "ok":
-            continue
         if selection.average_over:
             left_out = {f"axis.{name}" for name in selection.average_over}
             group: Any = tuple(
@@ -234,11 +234,11 @@ def rank(rows: Iterable[Mapping[str, Any]], selection: Selection) -> list[Ranked
                 for name, value in row.items()
                 if name.startswith("axis.") and name not in left_out
             )
-        elif row.get("same_as") is not None:
-            continue
         else:
-            group = row["point"]
+            group = _first_of(int(row["point"]), same_as)
         groups.setdefault(group, []).append(row)
+    if not selection.average_over:  # of equal outputs the first point counts, whichever was evaluated
+        groups = {group: [min(members, key=_number_of)] for group, members in groups.items()}
     ranked = [_ranked(members, selection) for members in groups.values()]
     ranked = [each for each in ranked if not any(map(math.isnan, each.values))]
     costs = {each.point: costs_of(each, selection) for each in ranked}
@@ -246,8 +246,21 @@ def rank(rows: Iterable[Mapping[str, Any]], selection: Selection) -> list[Ranked
     return sorted(ranked, key=lambda each: (each.point not in front, *costs[each.point], each.point))
 
 
+def _first_of(point: int, same_as: Mapping[int, int | None]) -> int:
+    """Return the point whose output a point's output was found to be."""
+    seen = {point}
+    while (other := same_as.get(point)) is not None and int(other) not in seen:
+        point = int(other)
+        seen.add(point)
+    return point
+
+
+def _number_of(row: Mapping[str, Any]) -> int:
+    return int(row["point"])
+
+
 def _ranked(members: Sequence[Mapping[str, Any]], selection: Selection) -> Ranked:
-    members = sorted(members, key=lambda row: int(row["point"]))
+    members = sorted(members, key=_number_of)
     values, errors = [], []
     for objective in selection.objectives:
         each = [objective.value(_named(row, "metric.")) for row in members]

@@ -48,8 +48,11 @@ def test_failed_pruned_and_equal_points_are_no_winners() -> None:
         _row(1, a_acc=0.8) | {"status": "pruned"},
         _row(2, a_acc=0.7),
         _row(3, a_acc=0.7) | {"same_as": 2},
+        _row(4, a_acc=0.6) | {"same_as": 6},  # 6 was evaluated, but 4 comes first
+        _row(5, a_acc=0.6) | {"same_as": 4},
+        _row(6, a_acc=0.6),
     ]
-    assert [each.point for each in rank(rows, ACCURACY)] == [2]
+    assert [each.point for each in rank(rows, ACCURACY)] == [2, 4]
 
 
 def test_a_weighted_mean_over_tasks() -> None:
