@@ -36,6 +36,12 @@ from raymerge.cli.shared import recipe_options
 )
 @click.option("--fsync", is_flag=True, help="Flush OUT to the disk before it gets its name.")
 @click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity, with a warning.")
+@click.option(
+    "--stage",
+    metavar="DIR",
+    help="Folder on each node's own disk: ranges of remote inputs are fetched once per node, and outputs for an "
+    "object store are made there [default: no copies of inputs; outputs in the temporary folder].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")

@@ -35,7 +35,14 @@ from raymerge.merge_actors.methods.prepare import (
     model_wide_preparation,
     preparation,
 )
-from raymerge.merge_actors.task import MeasureReport, MeasureTask, MergeTask, SolveTask, TaskReport
+from raymerge.merge_actors.task import (
+    FileTask,
+    MeasureReport,
+    MeasureTask,
+    MergeTask,
+    SolveTask,
+    TaskReport,
+)
 
 #: How often the same instruction may be lost with its worker before the run gives up.
 MOST_ATTEMPTS = 4
@@ -62,6 +69,8 @@ class Totals:
     merge_seconds: float = 0.0
     write_seconds: float = 0.0
     num_retries: int = 0
+    fetched_bytes: int = 0
+    """Bytes that came from object stores."""
 
     def plus(self, report: TaskReport | MeasureReport) -> Totals:
         """Return the totals with one more report."""
@@ -75,6 +84,7 @@ class Totals:
             write_seconds=self.write_seconds
             + (report.write_seconds if isinstance(report, TaskReport) else 0.0),
             num_retries=self.num_retries,
+            fetched_bytes=self.fetched_bytes + report.fetched_bytes,
         )
 
     def plus_totals(self, other: Totals) -> Totals:
@@ -97,7 +107,7 @@ class Controller:
         self.totals = Totals()
         self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
         #: tasks whose states are being gathered, in the order of the plan
-        self._aside: list[MergeTask | SolveTask] = []
+        self._aside: list[MergeTask | SolveTask | FileTask] = []
         #: states that some unfinished task still needs -> how many tasks
         self._needed: dict[int, int] = {}
         for task in self._waiting:

@@ -2,6 +2,7 @@
 
 The first line names the plan it belongs to; a line that was cut short by a kill is ignored.
 Only the driver writes it, after a worker has reported, so a task in the journal is on disk.
+In an object store, which cannot append, the journal is a folder with an object per line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from typing import Any
 
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
+from raymerge.merge_actors.storage.folders import entries, map_concurrently, read_bytes
+from raymerge.merge_actors.storage.objects import write_object
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import PieceReport, TaskReport
+
+#: In a store, what a file has in its first line.
+_HEADER_NAME = "header.json"
 
 
 @dataclass
@@ -50,7 +57,7 @@ class Journal:
                 "to start anew"
             )
         journal = cls(path, plan_fingerprint, {report.number: report for report in reports})
-        if header.get("boot") != boot_id():
+        if header.get("boot") != boot_id() and not is_remote(path):
             journal.done.clear()  # the machine went down: what was written may not have reached the disk
         # Rewritten whole, so that a line cut short by the kill does not stay in the middle.
         journal._begin({**header, "boot": boot_id()})
@@ -59,6 +66,9 @@ class Journal:
     def add(self, report: TaskReport) -> None:
         """Record a finished task."""
         self.done[report.number] = report
+        if is_remote(self.path):
+            write_object(f"{self.path}/task-{report.number:06d}.json", json.dumps(_to_row(report)).encode())
+            return
         try:
             self._write(_to_row(report))
         except OSError as error:
@@ -72,6 +82,9 @@ class Journal:
 
     def _begin(self, header: dict[str, Any]) -> None:
         """Write the header and what is done to a new file, and put it in place of an older one."""
+        if is_remote(self.path):  # what is done has its objects already
+            write_object(f"{self.path}/{_HEADER_NAME}", json.dumps(header).encode())
+            return
         new = f"{self.path}.new"
         try:
             self._file = open(new, "wb", buffering=0)
@@ -90,6 +103,8 @@ class Journal:
 
 def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:
     """Read a journal of a running, finished or killed run: its header and the finished tasks."""
+    if is_remote(path):
+        return _read_objects(path)
     with open(path, encoding="ascii") as file:
         lines = file.read().split("\n")
     rows = []
@@ -99,6 +114,15 @@ def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:
         except ValueError:
             break  # the line that was being written when the driver was killed
     return (rows[0], [_from_row(row) for row in rows[1:]]) if rows else ({}, [])
+
+
+def _read_objects(folder: str) -> tuple[dict[str, Any], list[TaskReport]]:
+    names = [entry.name for entry in entries(folder) if not entry.is_folder]
+    if _HEADER_NAME not in names:
+        return {}, []
+    tasks = [f"{folder}/{name}" for name in names if name != _HEADER_NAME]
+    rows = map_concurrently(lambda uri: json.loads(read_bytes(uri)), tasks, tasks)
+    return json.loads(read_bytes(f"{folder}/{_HEADER_NAME}")), [_from_row(row) for row in rows]
 
 
 def boot_id() -> str:

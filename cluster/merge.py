@@ -25,10 +25,12 @@ from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
+from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError
 from raymerge.merge_actors.files import write_error
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import PieceReport, RunContext
 
 #: Gives a worker group, connected and perhaps used before, and takes it back.
@@ -94,7 +96,7 @@ def merge(
     read, said = read_recipes(recipes, options, strict=strict)
     for line in said:
         remark(line)
-    folder = RunFolder(os.fspath(out))
+    folder = open_run_folder(os.fspath(out), is_campaign=len(read) > 1)
     workers = workers or connected(
         address=options.address, in_process=options.in_process, workers=options.workers, device=options.device
     )
@@ -137,7 +139,7 @@ class _Run:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder | RemoteRunFolder,
         options: MergeOptions,
         workers: Workers,
         remark: Callable[[str], None],
@@ -165,7 +167,7 @@ class _Run:
                 self._run_wave(number, planned, group, placement)
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
-        results = {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
+        results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
         planned = plan_wave(recipes, folders, self.options, results, self.opened)
         if planned.missing:  # planned again when that is measured
             return planned
@@ -230,8 +232,8 @@ class _Run:
     def _open_journal(self, number: int, wave: PlannedWave) -> Journal:
         """Go on with the journal of an unfinished run, or make room and begin a new one."""
         path = self.folder.journal_path + (f".{number}" if number else "")
-        has_files = all(os.path.isdir(recipe.folder) for recipe in wave.plan.recipes)
-        if self.options.resume and os.path.exists(path) and has_files:
+        has_files = is_remote(path) or all(os.path.isdir(recipe.folder) for recipe in wave.plan.recipes)
+        if self.options.resume and self.folder.has_journal(path) and has_files:
             return Journal.resume(path, wave.fingerprint)
         self.folder.check_space(wave.plan.write_bytes)
         for recipe in wave.plan.recipes:
@@ -243,7 +245,7 @@ class _Run:
         """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
         for plan, vocabulary, heads in zip(wave.plan.recipes, wave.vocabularies, wave.heads, strict=True):
             for line in write_metadata_files(
-                plan.folder, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary, heads
+                self.folder.small_files(plan.recipe.name), plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary, heads
             ):
                 self.remark(f"{plan.recipe.name}: {line}")
 
@@ -257,6 +259,8 @@ class _Run:
             allow_nan=self.options.allow_nan,
             visible_paths=(*sorted(folders), self.folder.journal_path),
             hub_models=wave.hub_models,
+            writable_folders=self.folder.writable_folders,
+            stage=self.options.stage,
         )
 
     def _finish_outputs(self, wave: PlannedWave, journal: Journal, figures: dict[str, Any]) -> None:
@@ -268,12 +272,14 @@ class _Run:
         for number, plan in enumerate(wave.plan.recipes):
             manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), figures)
             try:
-                write_manifest(plan.folder, manifest)
-                write_index(plan.folder, plan.layout)
+                small_files = self.folder.small_files(plan.recipe.name)
+                write_manifest(small_files, manifest)
+                write_index(small_files, plan.layout)
                 if self.options.fsync:
-                    sync_folder(plan.folder)
+                    sync_folder(small_files)
             except OSError as error:
                 raise write_error(plan.folder, error) from error
+            self.folder.finish(plan.recipe.name, plan.layout)
 
 
 def _silent(progress: object) -> None:

@@ -18,6 +18,7 @@ from raymerge.merge_actors.checkpoint.adapter import Adapter, open_adapter
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import HubModel
 from raymerge.stats.statistics_file import Statistics, open_statistics
 
@@ -97,7 +98,7 @@ class OpenedInputs:
         if revision == "":
             return path
         folder = locate(path, revision, allow_pickle=allow_pickle)
-        if not os.path.isdir(path):
+        if not (is_remote(folder) or os.path.isdir(path)):
             self.hub_models[place] = HubModel(path, revision, os.path.realpath(folder))
         return folder
 

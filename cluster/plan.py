@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from raymerge.cluster.matched import MergedTensor
 from raymerge.cluster.model_wide import measured_together
 from raymerge.cluster.plan_buffers import buffer_bytes
+from raymerge.cluster.plan_files import tasks_by_file
 from raymerge.cluster.plan_reads import disk_place, group_by_input, reads_of
 from raymerge.cluster.plan_solves import plan_solves
 from raymerge.cluster.recipe import Recipe
@@ -31,9 +32,12 @@ from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.prepare import needs_preparation
 from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.randomness import stream_key
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import (
     Job,
+    FileTask,
     MergeTask,
+    OutputObject,
     Piece,
     Read,
     SolveTask,
@@ -77,7 +81,7 @@ class Plan:
     recipes: tuple[RecipePlan, ...]
     settings: tuple[tuple[str, Settings], ...]
     states: tuple[StatePlan, ...]
-    tasks: tuple[MergeTask | SolveTask, ...]
+    tasks: tuple[MergeTask | SolveTask | FileTask, ...]
     slice_bytes: int
 
     @property
@@ -93,7 +97,7 @@ class Plan:
     def input_folders(self) -> set[str]:
         """Return every folder that tasks read from: models, adapters, converted pickles, statistics."""
         files: set[str] = set()
-        for task in self.tasks:
+        for task in self._parts():
             if isinstance(task, SolveTask):
                 files.update(gram.file for gram in task.grams)
             reads = [part.reads for part in (task.jobs if isinstance(task, SolveTask) else task.pieces)]
@@ -107,6 +111,13 @@ class Plan:
     def largest_task_bytes(self) -> int:
         """Bytes of buffers, inputs and outputs, that the largest task needs."""
         return max((buffer_bytes(task) for task in self.tasks), default=0)
+
+    def _parts(self) -> Iterator[MergeTask | SolveTask]:
+        for task in self.tasks:
+            if isinstance(task, FileTask):
+                yield from task.parts
+            else:
+                yield task
 
 
 def make_plan(recipes: Sequence[RecipePlan], *, slice_bytes: int) -> Plan:
@@ -141,7 +152,8 @@ class _Planner:
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for group in groups:
             pieces += self._cut(group)
-        tasks = self._numbered([*self._pack(pieces), *plan_solves(tensors, self._places, self._intern)])
+        solves = plan_solves(tensors, self._places, self._intern)
+        tasks = self._numbered(self._grouped([*self._pack(pieces), *solves]))
         return Plan(
             recipes=tuple(self.recipes),
             settings=tuple(self.settings),
@@ -150,7 +162,21 @@ class _Planner:
             slice_bytes=self.slice_bytes,
         )
 
-    def _numbered(self, tasks: Sequence[MergeTask | SolveTask]) -> tuple[MergeTask | SolveTask, ...]:
+    def _grouped(self, tasks: Sequence[MergeTask | SolveTask]) -> Sequence[MergeTask | SolveTask | FileTask]:
+        """Make one task of all that fill an output file, where files go to an object store."""
+        objects = {
+            f"{recipe.folder}/{file.name}": OutputObject(
+                f"{recipe.folder}/{file.name}", file.header, file.num_bytes
+            )
+            for recipe in self.recipes
+            if is_remote(recipe.folder)
+            for file in recipe.layout.files
+        }
+        return tasks_by_file(tasks, objects) if objects else tasks
+
+    def _numbered(
+        self, tasks: Sequence[MergeTask | SolveTask | FileTask]
+    ) -> tuple[MergeTask | SolveTask | FileTask, ...]:
         return tuple(dataclasses.replace(task, number=number) for number, task in enumerate(tasks))
 
     def _tensor(self, key: tuple[int, int]) -> MergedTensor:

@@ -20,7 +20,7 @@ from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.ray_worker import RayMergeWorker
-from raymerge.merge_actors.task import MeasureTask, MergeTask, RunContext, SolveTask
+from raymerge.merge_actors.task import FileTask, MeasureTask, MergeTask, RunContext, SolveTask
 
 #: How long to wait for the cluster to give any worker before saying what is missing.
 START_SECONDS = 300.0
@@ -78,6 +78,8 @@ class RayGroup:
             reference = actor.measure.remote(instruction)
         elif isinstance(instruction, SolveTask):
             reference = actor.solve.remote(instruction)
+        elif isinstance(instruction, FileTask):
+            reference = actor.make_files.remote(instruction, states)
         else:
             reference = actor.merge.remote(instruction, states)
         self._in_flight[reference] = (worker, instruction)

@@ -38,6 +38,23 @@ class RunFolder:
         """Return the folder in which a recipe's output is being written."""
         return os.path.join(self.path, "out", name)
 
+    @property
+    def writable_folders(self) -> tuple[str, ...]:
+        """Return the URIs that workers write under: none, they write where they see the run folder."""
+        return ()
+
+    def small_files(self, name: str) -> str:
+        """Return the folder in which everything but the weights of an output is built."""
+        return self.output(name)
+
+    def has_output(self, name: str) -> bool:
+        """Return whether a recipe's output has been begun."""
+        return os.path.isdir(self.output(name))
+
+    def has_journal(self, path: str) -> bool:
+        """Return whether there is something to resume."""
+        return os.path.exists(path)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run folder for this process alone; it is created if need be.
@@ -140,6 +157,9 @@ class RunFolder:
                     os.close(descriptor)
             except OSError as error:
                 raise write_error(path, error) from error
+
+    def finish(self, name: str, layout: Layout) -> None:
+        """All of an output is in its folder; `commit` gives it its name."""
 
     def commit(self, names: Sequence[str], *, is_campaign: bool) -> list[str]:
         """Move finished outputs to their final place; return the final folders.

@@ -16,6 +16,7 @@ from typing import Protocol
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.task import (
+    FileTask,
     MeasureReport,
     MeasureTask,
     MergeTask,
@@ -25,7 +26,7 @@ from raymerge.merge_actors.task import (
 )
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
-Instruction = MergeTask | SolveTask | MeasureTask
+Instruction = MergeTask | SolveTask | FileTask | MeasureTask
 Report = TaskReport | MeasureReport
 #: Tasks in flight per worker: its lanes, and one more on the doorstep.
 DEPTH = NUM_LANES + 1
@@ -149,4 +150,6 @@ def _carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[in
         return worker.measure(instruction)
     if isinstance(instruction, SolveTask):
         return worker.solve(instruction)
+    if isinstance(instruction, FileTask):
+        return worker.make_files(instruction, states)
     return worker.merge(instruction, states)

@@ -11,6 +11,7 @@ import ray
 
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.task import (
+    FileTask,
     MeasureReport,
     MeasureTask,
     MergeTask,
@@ -58,6 +59,10 @@ class RayMergeWorker:
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.merge`."""
         return self._ready().merge(task, states)
+
+    def make_files(self, task: FileTask, states: Mapping[int, TensorState]) -> TaskReport:
+        """See `MergeWorker.make_files`."""
+        return self._ready().make_files(task, states)
 
     def solve(self, task: SolveTask) -> TaskReport:
         """See `MergeWorker.solve`."""

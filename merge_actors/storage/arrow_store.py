@@ -195,4 +195,5 @@ def _entry(info: Any) -> Entry:
     from pyarrow.fs import FileType
 
     is_folder = info.type == FileType.Directory
-    return Entry(info.base_name, is_folder, 0 if is_folder else info.size, str(info.mtime_ns))
+    modified = info.mtime_ns / 1e9 if info.mtime_ns else None
+    return Entry(info.base_name, is_folder, 0 if is_folder else info.size, str(info.mtime_ns), modified)

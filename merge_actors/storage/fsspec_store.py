@@ -158,11 +158,12 @@ def _raise_if_refused(error: Exception) -> None:
 
 def _entry(info: Any) -> Entry:
     is_folder = info["type"] == "directory"
-    version = [
-        info.get(key)
-        for key in ("etag", "ETag", "blob_id", "last_commit", "mtime", "created", "LastModified")
-    ]
-    name = str(info["name"]).rstrip("/").rpartition("/")[2]
+    keys = ("etag", "ETag", "blob_id", "last_commit", "mtime", "created", "LastModified")
+    times = [info.get(key) for key in ("LastModified", "mtime", "created")]
     return Entry(
-        name, is_folder, 0 if is_folder else int(info.get("size") or 0), repr([v for v in version if v])
+        name=str(info["name"]).rstrip("/").rpartition("/")[2],
+        is_folder=is_folder,
+        num_bytes=0 if is_folder else int(info.get("size") or 0),
+        version=repr([info[key] for key in keys if info.get(key)]),
+        modified_seconds=next((each.timestamp() for each in times if hasattr(each, "timestamp")), None),
     )

@@ -28,6 +28,8 @@ class Entry:
     """0 for a folder."""
     version: str
     """Changes when the object does: its time, and its tag where the store tells it."""
+    modified_seconds: float | None = None
+    """By the store's clock; None where it does not tell."""
 
 
 class Reader(Protocol):

@@ -1,0 +1,166 @@
+"""A run whose output goes to an object store: nothing can be renamed there, so the order of writing commits.
+
+Weight files are uploaded whole, each by the worker that made it (`merge_actors/storage/staged_outputs.py`), to
+their final place. Config and tokenizer are built in a temporary folder here and follow when all weights are there;
+the last objects are config.json, the manifest and the index. Until then no reader takes OUT for a checkpoint.
+Journal and lock are small objects under ".NAME.raymerge" beside OUT, so that `--resume` works from any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder
+from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
+from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.storage.folders import entries, exists
+from raymerge.merge_actors.storage.objects import delete_folder, delete_objects, upload_file
+from raymerge.merge_actors.storage.uris import absolute, checked, is_remote
+
+#: What makes a folder a checkpoint, in the order in which it is written.
+_COMMITTING = ("config.json", MANIFEST_NAME, INDEX_NAME)
+
+
+class RemoteRunFolder:
+    """Where one run keeps its journal, and its outputs as they grow."""
+
+    def __init__(self, out: str, *, is_campaign: bool) -> None:
+        """Name the folders; nothing is written yet.
+
+        Raises:
+            RaymergeError: OUT carries credentials, or is a whole bucket.
+        """
+        self.out = checked(out)
+        parent, name = os.path.split(self.out)
+        if parent.endswith(":/") or parent.endswith("://"):
+            raise OutputError(f"{self.out} is a whole bucket; name a folder in it: {self.out}/NAME")
+        self.path = f"{parent}/.{name}.raymerge"
+        self.journal_path = f"{self.path}/{JOURNAL_NAME}"
+        self._is_campaign = is_campaign
+        self._lock = StoreLock(self.path, self.out)
+        self._local = ""
+        self._prepared: list[str] = []
+        self._finished: set[str] = set()
+
+    @property
+    def writable_folders(self) -> tuple[str, ...]:
+        """Where every worker has to be able to write."""
+        return (self.path,)
+
+    def output(self, name: str) -> str:
+        """Return the final folder of a recipe's output."""
+        return f"{self.out}/{name}" if self._is_campaign else self.out
+
+    def small_files(self, name: str) -> str:
+        """Return the local folder in which everything but the weights of an output is built."""
+        folder = os.path.join(self._local, name)
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def has_output(self, name: str) -> bool:
+        """Return whether a recipe's output has been finished, in this run or the one that it resumes."""
+        return name in self._finished or exists(f"{self.output(name)}/{MANIFEST_NAME}")
+
+    def has_journal(self, path: str) -> bool:
+        """Return whether there is something to resume; uploaded files are where the journal says."""
+        return bool(entries(path))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder for this process alone.
+
+        Raises:
+            OutputError: another run holds it, or the store cannot be written.
+        """
+        with self._lock.held(), tempfile.TemporaryDirectory(prefix="raymerge-") as local:
+            self._local = local
+            yield
+
+    def check_free(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
+
+        Raises:
+            OutputError: with the way out.
+        """
+        if self.has_journal(self.journal_path):
+            if not (resume or overwrite):
+                raise OutputError(
+                    f"an unfinished run for {self.out} lies in {self.path}; go on with --resume, or start anew with "
+                    "--overwrite"
+                )
+            if resume:
+                return
+        if not overwrite and entries(self.out):
+            raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
+
+    def clear(self) -> None:
+        """Remove an earlier run's journal, and what this run has written of its outputs."""
+        for entry in entries(self.path):
+            if entry.is_folder:
+                delete_folder(f"{self.path}/{entry.name}")
+            elif not entry.name.startswith(TICKET_PREFIX):
+                delete_objects([f"{self.path}/{entry.name}"])
+        for folder in self._prepared:
+            delete_folder(folder)
+        self._prepared.clear()
+
+    def check_space(self, num_bytes: int) -> None:
+        """Check nothing: a store has no end, and a node looks at its disk when it begins a file."""
+
+    def preallocate(self, folder: str, layout: Layout) -> None:
+        """Empty the folder of an output. What was there is no checkpoint any more from here on."""
+        del layout
+        delete_objects([f"{folder}/{name}" for name in reversed(_COMMITTING)])
+        if entries(folder):
+            delete_folder(folder)
+        self._prepared.append(folder)
+
+    def finish(self, name: str, layout: Layout) -> None:
+        """Upload everything but the weights, what makes it a checkpoint last.
+
+        Raises:
+            OutputError: a weight file is not there at its length, or the store fails.
+        """
+        folder, local = self.output(name), self.small_files(name)
+        self._lock.check_held()
+        there = {entry.name: entry.num_bytes for entry in entries(folder)}
+        for file in layout.files:
+            if there.get(file.name) != file.num_bytes:
+                raise OutputError(
+                    f"{folder}/{file.name} has {there.get(file.name, 0):,} bytes in the store, not {file.num_bytes:,}: "
+                    "something else changes this folder; start anew with --overwrite"
+                )
+        names = [
+            os.path.relpath(os.path.join(root, file), local)
+            for root, _, files in os.walk(local)
+            for file in files
+        ]
+        names.sort(key=lambda each: (_COMMITTING.index(each) if each in _COMMITTING else -1, each))
+        for each in names:
+            upload_file(os.path.join(local, each), f"{folder}/{each.replace(os.sep, '/')}")
+        self._finished.add(name)
+        shutil.rmtree(local, ignore_errors=True)
+
+    def commit(self, names: Sequence[str], *, is_campaign: bool) -> list[str]:
+        """Return the final folders; their indexes were the commit."""
+        assert is_campaign == self._is_campaign
+        return [self.output(name) for name in names]
+
+    def remove(self) -> None:
+        """Remove the run folder after a commit."""
+        with contextlib.suppress(OutputError):
+            delete_folder(self.path)
+
+
+def open_run_folder(out: str, *, is_campaign: bool) -> RunFolder | RemoteRunFolder:
+    """Return the run folder of an output, local or in an object store.
+
+    Raises:
+        RaymergeError: a URI carries credentials, or names a whole bucket.
+    """
+    return RemoteRunFolder(out, is_campaign=is_campaign) if is_remote(out) else RunFolder(absolute(out))

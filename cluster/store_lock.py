@@ -1,0 +1,124 @@
+"""Keep two runs from one output in an object store, which has no locks.
+
+Whoever wants the folder writes a ticket into it and then lists the tickets. Stores list what was written before,
+so of two that come together at least one sees the other, and whoever sees another's live ticket withdraws: both
+may, never do both stay. A ticket is alive while its owner writes it again, every `HEARTBEAT_SECONDS`; ages are
+differences of the store's own times, so clocks need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+
+from raymerge.merge_actors.errors import OutputError, RaymergeError
+from raymerge.merge_actors.storage.folders import entries, read_bytes
+from raymerge.merge_actors.storage.objects import delete_objects, write_object
+from raymerge.merge_actors.storage.store import Entry
+
+HEARTBEAT_SECONDS = 20.0
+#: After so long without a heartbeat a ticket's owner is taken for gone.
+STALE_SECONDS = 120.0
+TICKET_PREFIX = "lock-"
+
+
+class StoreLock:
+    """The lock of one run folder in a store."""
+
+    def __init__(self, folder: str, out: str) -> None:
+        self._folder, self._out = folder, out
+        self._name = f"{TICKET_PREFIX}{secrets.token_hex(8)}.json"
+        self._uri = f"{folder}/{self._name}"
+        self._done = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock.
+
+        Raises:
+            OutputError: another run holds it, or the store cannot be written.
+        """
+        self._write()
+        beating: threading.Thread | None = None
+        try:
+            self._refuse_others()
+            beating = threading.Thread(target=self._beat, name="store-lock", daemon=True)
+            beating.start()
+            yield
+        finally:
+            self._done.set()
+            if beating is not None:
+                beating.join()
+            with contextlib.suppress(OutputError):  # it grows stale by itself
+                delete_objects([self._uri])
+
+    def check_held(self) -> None:
+        """Make sure that nobody took the lock for stale, before something is committed.
+
+        Raises:
+            OutputError: the ticket is gone.
+        """
+        if all(entry.name != self._name for entry in entries(self._folder)):
+            raise OutputError(
+                f"another run took {self._out} over while this one did not reach the store for {STALE_SECONDS:g} s; "
+                "this one ends without a commit"
+            )
+
+    def _write(self) -> None:
+        owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%F %T")}
+        write_object(self._uri, json.dumps(owner).encode())
+
+    def _refuse_others(self) -> None:
+        tickets = [entry for entry in entries(self._folder) if entry.name.startswith(TICKET_PREFIX)]
+        own = next((entry for entry in tickets if entry.name == self._name), None)
+        for ticket in tickets:
+            if ticket.name == self._name:
+                continue
+            owner = self._owner(ticket)
+            if owner is None or _is_dead(owner) or _is_stale(ticket, own):
+                delete_objects([f"{self._folder}/{ticket.name}"])
+                continue
+            raise OutputError(
+                f"another run is writing {self._out} (process {owner['pid']} on {owner['host']} since "
+                f"{owner['since']}); wait for it or choose another folder"
+            )
+
+    def _owner(self, ticket: Entry) -> dict[str, object] | None:
+        """Return who wrote a ticket; None if it was withdrawn since."""
+        try:
+            found = json.loads(read_bytes(f"{self._folder}/{ticket.name}"))
+            return {key: found[key] for key in ("host", "pid", "since")}
+        except (RaymergeError, ValueError, KeyError, TypeError):
+            return None
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OutputError):  # the next one may get through
+                # Not written anew when it is gone: somebody has taken the folder over.
+                if any(entry.name == self._name for entry in entries(self._folder)):
+                    self._write()
+
+
+def _is_dead(owner: dict[str, object]) -> bool:
+    """Return whether a process of this machine is gone."""
+    pid = owner["pid"]
+    if owner["host"] != os.uname().nodename or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_stale(ticket: Entry, own: Entry | None) -> bool:
+    if own is None or own.modified_seconds is None or ticket.modified_seconds is None:
+        return False
+    return own.modified_seconds - ticket.modified_seconds > STALE_SECONDS
