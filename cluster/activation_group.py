@@ -33,7 +33,7 @@ class ActivationGroup(Protocol):
 
     num_workers: int
 
-    def start(self, job: MeasureJob) -> None:
+    def start(self, job: Any) -> None:
         """Start the workers, or start them anew after one was lost."""
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
@@ -52,14 +52,15 @@ class ActivationGroup(Protocol):
 class ThreadGroup:
     """Workers on threads of this process."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, make_worker: Callable[[Any, int], Any] = ActivationWorker) -> None:
         self.num_workers = num_workers
-        self._workers: list[ActivationWorker] = []
+        self._make_worker = make_worker
+        self._workers: list[Any] = []
         self._pool = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="stats")
 
-    def start(self, job: MeasureJob) -> None:
+    def start(self, job: Any) -> None:
         """Make the workers and let them meet."""
-        self._workers = [ActivationWorker(job, rank) for rank in range(self.num_workers)]
+        self._workers = [self._make_worker(job, rank) for rank in range(self.num_workers)]
         meeting = ThreadMeeting(self.num_workers)
         for rank, worker in enumerate(self._workers):
             worker.exchange = ThreadExchange(meeting, rank) if self.num_workers > 1 else NoExchange()
@@ -139,42 +140,61 @@ class RayActivationGroup:
         self._actors = []
 
     def _get(self, references: list[Any], on_tokens: OnTokens) -> list[Any]:
-        import ray
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+        def ask() -> list[Any]:
+            return [actor.num_tokens.remote() for actor in self._actors]
 
-        waiting = list(references)
         try:
-            while waiting:
-                done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
-                ray.get(done, timeout=60)
-                if waiting:
-                    asked = [actor.num_tokens.remote() for actor in self._actors]
-                    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
-                    if len(answered) == len(asked):
-                        on_tokens(sum(ray.get(answered, timeout=60)))
-            results: list[Any] = ray.get(references, timeout=60)
-            return results
-        except RayTaskError as error:
-            cause = error.cause
-            self._fail(references)
-            raise cause if isinstance(cause, BaseException) else error from None
-        except (RayActorError, OutOfMemoryError) as error:
+            return results_of(references, ask, on_tokens)
+        except WorkersLost:
             self.close()
+            raise
+
+
+def results_of(references: list[Any], ask: Callable[[], list[Any]], on_tokens: OnTokens) -> list[Any]:
+    """Wait for calls to actors that work together, and return their results.
+
+    Args:
+        references: of the calls.
+        ask: asks every actor for its tokens; called now and then.
+        on_tokens: told of their sum.
+
+    Raises:
+        WorkersLost: an actor died.
+    """
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+    waiting = list(references)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
+            ray.get(done, timeout=60)
+            if waiting:
+                asked = ask()
+                answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
+                if len(answered) == len(asked):
+                    on_tokens(sum(ray.get(answered, timeout=60)))
+        results: list[Any] = ray.get(references, timeout=60)
+        return results
+    except RayTaskError as error:
+        _raise_if_lost(references)
+        raise error.cause if isinstance(error.cause, BaseException) else error from None
+    except (RayActorError, OutOfMemoryError) as error:
+        raise WorkersLost(str(error).strip().splitlines()[0]) from error
+
+
+def _raise_if_lost(references: list[Any]) -> None:
+    """Tell an error of ours from the broken connection that a dead peer leaves behind."""
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+    for reference in references:
+        try:
+            ray.get(reference, timeout=5)
+        except (RayActorError, OutOfMemoryError) as error:
             raise WorkersLost(str(error).strip().splitlines()[0]) from error
-
-    def _fail(self, references: list[Any]) -> None:
-        """Tell an error of ours from the broken connection that a dead peer leaves behind."""
-        import ray
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
-        for reference in references:
-            try:
-                ray.get(reference, timeout=5)
-            except (RayActorError, OutOfMemoryError) as error:
-                self.close()
-                raise WorkersLost(str(error).strip().splitlines()[0]) from error
-            except (RayTaskError, ray.exceptions.GetTimeoutError):
-                continue
+        except (RayTaskError, ray.exceptions.GetTimeoutError):
+            continue
 
 
 def _shortage(options: dict[str, Any], num_workers: int, num_ready: int) -> str:

@@ -24,9 +24,11 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import Measurement, Recipe, load_recipes
 from raymerge.cluster.recipe_statistics import ToMeasure, find_statistics
+from raymerge.cluster.regmean_plus_plan import check_candidates, expected_statistics
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.task import HubModel
 from raymerge.stats.statistics_file import Statistics
 
@@ -104,7 +106,19 @@ def waves(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
     ordered: list[list[Recipe]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
     for recipe in recipes:
         ordered[depth[recipe.name]].append(recipe)
-    return ordered
+    return [wave for together in ordered for wave in _apart(together)]
+
+
+def is_sequential(recipe: Recipe) -> bool:
+    """Return whether a recipe's statistics are measured while it is merged."""
+    return METHODS[recipe.merge_method].is_sequential
+
+
+def _apart(together: Sequence[Recipe]) -> list[list[Recipe]]:
+    """Give each recipe that is merged layer by layer a wave of its own."""
+    shared = [recipe for recipe in together if not is_sequential(recipe)]
+    alone = [[recipe] for recipe in together if is_sequential(recipe)]
+    return [shared, *alone] if shared else alone
 
 
 @contextlib.contextmanager
@@ -152,7 +166,11 @@ def plan_wave(
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
         heads = plan_heads(recipe, models)
-        tensors, said = match(recipe, models, vocabulary, statistics.found, heads)
+        found: Mapping[Measurement, Statistics] = statistics.found
+        if is_sequential(recipe):
+            check_candidates(recipe, models, vocabulary)
+            found = expected_statistics(recipe, models)
+        tensors, said = match(recipe, models, vocabulary, found, heads)
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()

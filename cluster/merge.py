@@ -13,7 +13,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.cluster.campaign import PlannedWave, RecipeSource, plan_wave, read_recipes, waves
+from raymerge.cluster.campaign import (
+    PlannedWave,
+    RecipeSource,
+    is_sequential,
+    plan_wave,
+    read_recipes,
+    waves,
+)
 from raymerge.cluster.connect import Placement, connected
 from raymerge.cluster.controller import Controller, Totals
 from raymerge.cluster.inspect import quick_check
@@ -25,10 +32,11 @@ from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
+from raymerge.cluster.regmean_plus import RegMeanPlusRun
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
-from raymerge.merge_actors.errors import NotFiniteError, RaymergeError
+from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import PieceReport, RunContext
@@ -196,6 +204,9 @@ class _Run:
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave)
+        if is_sequential(plan.recipes[0].recipe):
+            self._run_layer_by_layer(number, wave, journal, group, placement)
+            return
         self.num_tasks += len(plan.tasks)
         self.num_resumed += len(journal.done)
         progress = Progress(
@@ -228,6 +239,46 @@ class _Run:
             "seconds": round(time.monotonic() - started, 3),
         }
         self._finish_outputs(wave, journal, figures)
+
+    def _run_layer_by_layer(
+        self, number: int, wave: PlannedWave, journal: Journal, group: WorkerGroup, placement: Placement
+    ) -> None:
+        """Merge a recipe whose statistics are measured while it is merged."""
+        started = time.monotonic()
+        run = RegMeanPlusRun(
+            wave=wave,
+            work_folder=os.path.join(self.folder.path, f"layers-{number}"),
+            journal=journal,
+            group=group,
+            placement=placement,
+            options=self.options,
+            context_of=lambda planned: self._context(planned, placement),
+            on_remark=self.remark,
+            on_stage=self.remark if self.show_progress else _silent,
+        )
+        try:
+            self._write_metadata(wave)
+            merged = run.run()
+        except BaseException as error:
+            if isinstance(error, RecipeError):  # mended, it is another recipe: nothing here can be resumed
+                journal.done.clear()
+            group.close()
+            raise
+        finally:
+            journal.close()
+            self.num_finished += len(journal.done)
+        self.num_tasks += len(journal.done)
+        self.num_resumed += run.num_resumed
+        self.totals = self.totals.plus_totals(run.totals)
+        for line in dict.fromkeys(line for report in journal.done.values() for line in report.warnings):
+            self.remark(line)
+        figures = {
+            "device": placement.device,
+            "num_workers": placement.num_workers,
+            "seconds": round(time.monotonic() - started, 3),
+            **run.figures(),
+        }
+        self._finish_outputs(merged, journal, figures)
 
     def _open_journal(self, number: int, wave: PlannedWave) -> Journal:
         """Go on with the journal of an unfinished run, or make room and begin a new one."""

@@ -67,6 +67,21 @@ class RayGroup:
                 if isinstance(event, Failed):
                     raise event.error
 
+    def hosts(self) -> list[Any]:
+        """Wait until all actors are ready and return them: for what else is to run on their devices.
+
+        Raises:
+            ClusterError: the cluster does not give all of them in time.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self._starting:
+            if time.monotonic() > deadline:
+                raise ClusterError(_shortage(self._options, self._num_workers))
+            for event in self.wait(1.0):
+                if isinstance(event, Failed):
+                    raise event.error
+        return [self._actors[number] for number in sorted(self._actors)]
+
     def workers(self) -> tuple[int, ...]:
         """Return the numbers of the actors that are ready."""
         return tuple(self._actors)

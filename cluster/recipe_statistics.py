@@ -76,8 +76,9 @@ def find_statistics(
     """
     both = FoundStatistics()
     for recipe in recipes:
-        kind = METHODS[recipe.merge_method].statistic
-        if kind is None:
+        method = METHODS[recipe.merge_method]
+        kind = method.statistic
+        if kind is None or method.is_sequential:  # measured while merging
             continue
         for use in (use for _, layers in recipe.slices() for use in layers.sources):
             measurement = use.measurement

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ray
 
@@ -31,6 +32,7 @@ class RayMergeWorker:
         self._setting_up = threading.Lock()
         self._run = -1
         self._worker: MergeWorker | None = None
+        self._hosted: Any = None
 
     def setup(self, context: RunContext, run: int) -> None:
         """Become the worker of a run; see `MergeWorker.check`.
@@ -71,6 +73,21 @@ class RayMergeWorker:
     def measure(self, task: MeasureTask) -> MeasureReport:
         """See `MergeWorker.measure`."""
         return self._ready().measure(task)
+
+    def host(self, make: Callable[..., Any], *arguments: Any) -> tuple[int, str]:
+        """Make another worker in this process, on the same device; returns the process id and the node's address."""
+        self._hosted = make(*arguments)
+        return os.getpid(), str(ray.util.get_node_ip_address())
+
+    def hosted(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the hosted worker."""
+        if self._worker is not None:
+            self._worker.close()  # the hosted worker reads, maybe elsewhere, what this one has written
+        return getattr(self._hosted, method)(*arguments)
+
+    def hosted_value(self, name: str) -> Any:
+        """Return an attribute of the hosted worker, also while it works."""
+        return getattr(self._hosted, name)
 
     def _ready(self) -> MergeWorker:
         assert self._worker is not None, "instructions come after setup"

@@ -88,9 +88,10 @@ def skeleton(checkpoint: Checkpoint) -> Any:
     """Build the model without weights: parameters on the meta device, buffers as they are."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    with _quiet():
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     chosen = model_class(checkpoint.config)
-    with building_without_weights():
+    with _quiet(), building_without_weights():
         model = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
     model.tie_weights()
     return prepared(model)

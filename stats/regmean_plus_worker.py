@@ -14,7 +14,7 @@ from raymerge.merge_actors.errors import CheckpointError, ClusterError
 from raymerge.stats.activation_worker import gram_totals
 from raymerge.stats.batches import Batch
 from raymerge.stats.describe_model import describe
-from raymerge.stats.exchange import Exchange, Members, NoExchange
+from raymerge.stats.exchange import Exchange, Members, NoExchange, TorchExchange, join_store, make_store
 from raymerge.stats.gram_accumulator import GramAccumulator
 from raymerge.stats.gram_pass import accumulate_grams
 from raymerge.stats.input_capture import NeedsSeparation
@@ -79,6 +79,16 @@ class RegMeanPlusWorker:
         self.exchange: Exchange = NoExchange()
         self._candidates: dict[int, CandidateModel] = {}
         self._sums: GramAccumulator | None = None
+
+    def open_store(self, host: str, num_workers: int) -> int:
+        """Open the meeting place of the group on this node; return its port."""
+        self._store = make_store(host, num_workers)
+        return int(self._store.port)
+
+    def join(self, host: str, port: int, num_workers: int) -> None:
+        """Join the group of processes; returns when all have."""
+        store = self._store if self.rank == 0 else join_store(host, port, num_workers)
+        self.exchange = TorchExchange(self.rank, num_workers, store, self.job.device)
 
     def describe(self, candidates: Sequence[int]) -> list[Candidate]:
         """Say what some candidates and their data are.

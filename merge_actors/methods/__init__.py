@@ -14,6 +14,7 @@ from raymerge.merge_actors.methods.nearswap import NEARSWAP
 from raymerge.merge_actors.methods.nuslerp import NUSLERP
 from raymerge.merge_actors.methods.ram import RAM, RAMPLUS_TL
 from raymerge.merge_actors.methods.regmean import REGMEAN
+from raymerge.merge_actors.methods.regmean_plus import REGMEAN_PLUS
 from raymerge.merge_actors.methods.sce import SCE
 from raymerge.merge_actors.methods.slerp import SLERP
 from raymerge.merge_actors.methods.task_vectors import (
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
     "ramplus_tl": RAMPLUS_TL,
     "arcee_fusion": ARCEE_FUSION,
     "regmean": REGMEAN,
+    "regmean_plus": REGMEAN_PLUS,
     "fisher": FISHER,
 }
 SPARSIFIERS: dict[str, Sparsifier] = {

@@ -93,3 +93,15 @@ def reference_grams(texts_file: Path) -> Callable[[Path, Any], dict[str, tuple[A
         return found
 
     return collect
+
+
+@pytest.fixture
+def run_together() -> Callable[[list[Callable[[], Any]]], list[Any]]:
+    """Return a caller of functions that wait for each other, each on a thread of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def run(functions: list[Callable[[], Any]]) -> list[Any]:
+        with ThreadPoolExecutor(len(functions)) as pool:
+            return [each.result(timeout=30) for each in [pool.submit(function) for function in functions]]
+
+    return run
