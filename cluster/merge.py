@@ -296,7 +296,13 @@ class _Run:
         """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
         for plan, vocabulary, heads in zip(wave.plan.recipes, wave.vocabularies, wave.heads, strict=True):
             for line in write_metadata_files(
-                self.folder.small_files(plan.recipe.name), plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary, heads
+                self.folder.small_files(plan.recipe.name),
+                plan.recipe,
+                wave.models,
+                plan.tensors,
+                plan.layout,
+                vocabulary,
+                heads,
             ):
                 self.remark(f"{plan.recipe.name}: {line}")
 

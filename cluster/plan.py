@@ -34,8 +34,8 @@ from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import (
-    Job,
     FileTask,
+    Job,
     MergeTask,
     OutputObject,
     Piece,

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.task import (
     FileTask,
     MeasureReport,
