@@ -54,14 +54,14 @@ def connected(
     if workers is not None and workers < 1:
         raise RecipeError(f"--workers is {workers}; it must be at least 1")
     if in_process:
-        placement = _place(workers, device, *_local_resources())
+        placement = _place(workers, device, *local_resources())
         group: WorkerGroup = InProcessGroup(placement.num_workers)
         try:
             yield group, placement
         finally:
             group.close()
         return
-    with _ray_session(address):
+    with ray_session(address):
         import ray
 
         from raymerge.cluster.ray_group import RayGroup
@@ -97,10 +97,10 @@ def connected_for_statistics(
         raise RecipeError(f"--workers is {workers}; it must be at least 1")
     with contextlib.ExitStack() as stack:
         if in_process:
-            placement = _place(workers, device, *_local_resources())
+            placement = _place(workers, device, *local_resources())
             group: ActivationGroup = ThreadGroup(placement.num_workers)
         else:
-            stack.enter_context(_ray_session(address))
+            stack.enter_context(ray_session(address))
             import ray
 
             resources = ray.cluster_resources()
@@ -110,19 +110,26 @@ def connected_for_statistics(
         yield group, placement
 
 
-def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:
+def choose_device(device: Device, num_gpus: int) -> Literal["cpu", "cuda"]:
+    """Return where tensors are worked on.
+
+    Raises:
+        ClusterError: a GPU is asked for and there is none.
+    """
     chosen: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and num_gpus) else "cpu"
-    if chosen == "cuda":
-        if not num_gpus:
-            raise ClusterError(
-                "--device cuda: no GPU is to be seen here; use --device cpu, or another cluster"
-            )
+    if chosen == "cuda" and not num_gpus:
+        raise ClusterError("--device cuda: no GPU is to be seen here; use --device cpu, or another cluster")
+    return chosen
+
+
+def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:
+    if choose_device(device, num_gpus) == "cuda":
         return Placement(workers or num_gpus, "cuda", 1)
     count = workers or max(1, min(num_cpus, _MOST_CPU_WORKERS))
     return Placement(count, "cpu", 1)
 
 
-def _local_resources() -> tuple[int, int]:
+def local_resources() -> tuple[int, int]:
     """Return the CPU cores and GPUs of this process."""
     import torch
 
@@ -131,7 +138,7 @@ def _local_resources() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Attach to a cluster, or start an embedded Ray and stop it again."""
     address = address or os.environ.get("RAY_ADDRESS")
     _set_ray_environment(is_embedded=address is None)

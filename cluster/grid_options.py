@@ -17,7 +17,11 @@ class GridOptions:
     in_process: bool = False
     """Merge and evaluate on threads of this process, without Ray."""
     workers: int | None = None
-    """Number of evaluators; None: one a GPU, or one a core up to 16."""
+    """Number of evaluators; None: one for each share of a GPU, or one a machine."""
+    gpus_per_evaluator: float = 1.0
+    """GPUs of an evaluator: 0.5 puts two on each."""
+    threads_per_evaluator: int | None = None
+    """Threads of an evaluator on CPUs; None: all cores of its machine, shared by the evaluators there."""
     device: Device = "auto"
     slice_mib: int = 32
     """MiB of one input that a merge holds at a time."""
@@ -37,7 +41,12 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise RecipeError("--resume and --overwrite exclude each other")
-        for name, least in (("limit", 1), ("workers", 1), ("slice_mib", 1)):
+        if not 0 < self.gpus_per_evaluator <= 1:
+            raise RecipeError(
+                f"--gpus-per-evaluator is {self.gpus_per_evaluator:g}; it must be greater than 0 and at most 1: a "
+                "model runs on one GPU"
+            )
+        for name, least in (("limit", 1), ("workers", 1), ("slice_mib", 1), ("threads_per_evaluator", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")

@@ -108,7 +108,7 @@ class InProcessGroup:
 
     def submit(self, worker: int, instruction: Instruction, states: Mapping[int, TensorState]) -> None:
         """Queue an instruction on a worker's threads."""
-        future = self._pools[worker].submit(_carry_out, self._workers[worker], instruction, states)
+        future = self._pools[worker].submit(carry_out, self._workers[worker], instruction, states)
         future.add_done_callback(lambda done: self._report(worker, instruction, done))
 
     def wait(self, timeout_seconds: float) -> list[Event]:
@@ -145,7 +145,8 @@ def _num_gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]) -> Report:
+def carry_out(worker: MergeWorker, instruction: Instruction, states: Mapping[int, TensorState]) -> Report:
+    """Let a worker do what an instruction says."""
     if isinstance(instruction, MeasureTask):
         return worker.measure(instruction)
     if isinstance(instruction, SolveTask):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from raymerge.merge_actors.checkpoint.layout import Layout
 from raymerge.merge_actors.dtypes import torch_dtype
 from raymerge.merge_actors.errors import OutputError
-from raymerge.merge_actors.files import Files
+from raymerge.merge_actors.files import LocalFiles, RangeRead
 from raymerge.merge_actors.mapped_sources import MappedSources
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _OutputFile:
     """Each tensor as uint8."""
 
 
-class MemoryFiles(Files):
+class MemoryFiles(LocalFiles):
     """Open files, some of which are tensors."""
 
     def __init__(self, sources: MappedSources | None = None) -> None:
@@ -70,14 +70,14 @@ class MemoryFiles(Files):
             device: where the memory is.
 
         Returns:
-            the tensors by name, uninitialised, in the order of the layout.
+            the tensors by name, zeros, in the order of the layout.
         """
         import torch
 
         self.drop(folder)
         places = [(file, name, *place) for file in layout.files for name, place in file.tensors.items()]
         total = sum(_aligned(end - begin) for _, _, begin, end in places)
-        memory = torch.empty(total + _ALIGNMENT, dtype=torch.uint8, device=device)
+        memory = torch.zeros(total + _ALIGNMENT, dtype=torch.uint8, device=device)
         at = -memory.data_ptr() % _ALIGNMENT
         tensors: dict[str, torch.Tensor] = {}
         in_file: dict[str, list[tuple[int, torch.Tensor]]] = {file.name: [] for file in layout.files}
@@ -110,6 +110,11 @@ class MemoryFiles(Files):
         super().read_into(path, offset, buffer)
         with self._counting:
             self._sliced_bytes += len(buffer)
+
+    def read_many(self, reads: Sequence[RangeRead]) -> None:
+        """Fill many buffers, by file and offset."""
+        for read in sorted(reads, key=lambda read: (read.path, read.offset)):
+            self.read_into(*read)
 
     def view(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
         """Return bytes of an input that is in memory, not to be written to; None if it is not."""

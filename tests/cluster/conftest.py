@@ -205,3 +205,47 @@ def fake_runner() -> Any:
     sys.modules["fake_runner"] = module
     spec.loader.exec_module(module)
     return module.FakeRunner
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tiny_checkpoints: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a head for the tiny encoder that yields one number."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
+
+    base = tiny_checkpoints("bert").base
+    folder = tmp_path_factory.mktemp("head")
+    config = AutoConfig.from_pretrained(base, num_labels=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluation(tiny_head: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a task that tells merges of the tiny encoders apart."""
+    from raymerge.stats.evaluation.tasks import parse_evaluation
+
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"text": f"word{i % 7} word{(3 * i) % 11} word{i % 5}", "label": (i * 37 % 11) / 10}
+        for i in range(24)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_evaluation(
+        {
+            "dtype": "float32",
+            "batch_tokens": 30,
+            "tasks": [
+                {
+                    "name": "topic",
+                    "kind": "text_classification",
+                    "regression": True,
+                    "head": str(tiny_head),
+                    "validation": str(file),
+                }
+            ],
+        }
+    )

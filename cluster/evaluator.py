@@ -1,0 +1,241 @@
+"""An evaluator: merges the points of a grid in memory and scores them there.
+
+It holds the model's structure once. A point is planned like any other merge and carried out by the same
+workers, only that their files are memory (`MemoryFiles`); so its weights have the bits that
+`raymerge merge` of the same recipe writes. A plain class: `evaluator_group.py` runs it on threads of a process,
+`evaluator_ray.py` in Ray actors.
+
+A point takes two steps, `merge` and `score`: between them the driver may find that another point had
+the same weights. With two slots the next point is merged while one is scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from raymerge.cluster.campaign import plan_wave, read_recipes
+from raymerge.cluster.controller import Controller
+from raymerge.cluster.evaluator_folders import ModelFolder, ModelFolders
+from raymerge.cluster.evaluator_slot import ModelSlot
+from raymerge.cluster.evaluator_workers import ResidentGroup
+from raymerge.cluster.grid_points import fingerprint
+from raymerge.cluster.journal import Journal
+from raymerge.cluster.opened import OpenedInputs
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.plan import Plan
+from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.mapped_sources import MappedSources, available_bytes
+from raymerge.merge_actors.memory_files import MemoryFiles
+from raymerge.merge_actors.task import HubModel, PieceReport, RunContext, TaskReport
+from raymerge.stats.evaluation.evaluate import prepare_task
+from raymerge.stats.evaluation.prepared import PreparedTask
+from raymerge.stats.evaluation.task_spec import Split
+from raymerge.stats.evaluation.tasks import EvaluationSpec
+
+#: Share of the memory that is free at the start that sources may fill; models and activations need the rest.
+_SOURCES_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatorJob:
+    """What all evaluators of a run know."""
+
+    evaluation: EvaluationSpec
+    merge: MergeOptions
+    """How points are planned: slices, seed, what inputs are allowed."""
+    device: str
+    """"cpu" or "cuda"."""
+    num_threads: int
+    """Threads that merge, and that run batches."""
+    num_slots: int = 1
+    """Models held at a time: with two, one is merged while the other is scored."""
+    share: float = 1.0
+    """Share of the node's memory, or of the GPU, that is this evaluator's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """What merging a point did."""
+
+    digest: str
+    """Of config, tokenizer and every merged byte: points with one digest are one model."""
+    recipe_fingerprint: str
+    seed: int
+    seconds: float
+    bytes_read: int
+    """Bytes that came from the disk, or its cache, for this point: 0 once the sources are in memory."""
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """What was taken over from earlier points."""
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreReport:
+    """What scoring a point, or the first part of its batches, did."""
+
+    metrics: Mapping[str, tuple[float, float]]
+    """Value and standard error by "task.metric", over all batches scored so far."""
+    num_forward_passes: int
+    seconds: float
+
+
+class Evaluator:
+    """Merges and scores points, one at a time in each slot."""
+
+    def __init__(self, job: EvaluatorJob) -> None:
+        """Take the job; sources are mapped and structures built when points ask for them."""
+        import torch
+
+        # Every operation runs on one thread, and threads run whole tasks and batches: no result
+        # depends on how many there are.
+        torch.set_num_threads(1)
+        self._job = job
+        self._files = MemoryFiles(_sources(job))
+        self._group = ResidentGroup(job.num_threads, self._files, job.device)
+        self._threads = ThreadPoolExecutor(
+            job.num_threads if job.device == "cpu" else 1, thread_name_prefix="score"
+        )
+        self._opened = OpenedInputs()
+        self._folders = ModelFolders()
+        self._slots = [
+            ModelSlot(number, job.evaluation, self._files, job.device) for number in range(job.num_slots)
+        ]
+        self._folder_of_slot: dict[int, ModelFolder] = {}
+        self._prepared: dict[tuple[str, Split], list[PreparedTask]] = {}
+        self._merging, self._preparing = threading.Lock(), threading.Lock()
+
+    def merge(self, slot: int, recipe: Mapping[str, Any]) -> MergeReport:
+        """Merge a point into a slot.
+
+        Raises:
+            RaymergeError: recipe or models are wrong, or do not make the model that some task runs.
+        """
+        with self._merging:
+            started, read_before = time.monotonic(), self._files.bytes_read
+            (found,), remarks = self._read(recipe)
+            model = self._slots[slot]
+            wave = plan_wave([found], {found.name: model.folder}, self._job.merge, {}, self._opened)
+            folder = self._folders.folder_of(wave)
+            model.make_ready(wave, folder)
+            journal = _Reports("", "")
+            self._carry_out(wave.plan, wave.hub_models, journal)
+            model.refresh()
+            self._folder_of_slot[slot] = folder
+            warnings = [line for report in journal.done.values() for line in report.warnings]
+            mapping = {name: value for name, value in found.to_mapping().items() if name != "name"}
+            return MergeReport(
+                digest=journal.digest(folder.fingerprint),
+                recipe_fingerprint=fingerprint(mapping),
+                seed=found.seed,
+                seconds=time.monotonic() - started,
+                bytes_read=self._files.bytes_read - read_before,
+                remarks=tuple(dict.fromkeys([*remarks, *wave.remarks, *warnings])),
+            )
+
+    def score(self, slot: int, split: Split, fraction: float = 1.0) -> ScoreReport:
+        """Score what a slot holds on the first batches of every task.
+
+        Args:
+            slot: which.
+            split: "validation" or "test".
+            fraction: share of each task's batches; those that were scored for a smaller share are kept.
+
+        Raises:
+            RaymergeError: a task cannot score this model.
+        """
+        started = time.monotonic()
+        tasks = self._tasks(self._folder_of_slot[slot], split)
+        metrics, num_passes = self._slots[slot].score(tasks, fraction, self._threads)
+        return ScoreReport(
+            metrics={name: (each.value, each.standard_error) for name, each in metrics.items()},
+            num_forward_passes=num_passes,
+            seconds=time.monotonic() - started,
+        )
+
+    def tensors(self, slot: int) -> Mapping[str, Any]:
+        """Return the merged tensors of a slot by name."""
+        return self._slots[slot].tensors
+
+    def close(self) -> None:
+        """End threads, close files, delete temporary folders."""
+        self._group.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._folders.remove()
+
+    def _read(self, recipe: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+        recipes, remarks = read_recipes([recipe], self._job.merge)
+        if len(recipes) != 1:
+            raise RecipeError(
+                f"a point of a grid is one recipe, not {len(recipes)}; write it as one document"
+            )
+        return recipes, remarks
+
+    def _carry_out(self, plan: Plan, hub_models: tuple[HubModel, ...], journal: _Reports) -> None:
+        context = RunContext(
+            run_id="",
+            settings=plan.settings,
+            device=self._job.device,
+            num_threads=1,
+            allow_nan=self._job.merge.allow_nan,
+            hub_models=hub_models,
+        )
+        with self._running(context):
+            Controller(plan, self._group, journal).run()
+
+    @contextlib.contextmanager
+    def _running(self, context: RunContext) -> Iterator[None]:
+        self._group.start(context)
+        try:
+            yield
+        except BaseException:
+            self._group.drop()
+            raise
+
+    def _tasks(self, folder: ModelFolder, split: Split) -> list[PreparedTask]:
+        """Return the tasks with their data tokenised, once for all points of one structure."""
+        with self._preparing:
+            key = (folder.fingerprint, split)
+            if key not in self._prepared:
+                self._prepared[key] = [
+                    prepare_task(task, split, folder.path) for task in self._job.evaluation.tasks
+                ]
+            return self._prepared[key]
+
+
+class _Reports(Journal):
+    """A journal that keeps its reports in memory: a point is done again whole."""
+
+    def add(self, report: TaskReport) -> None:
+        """Keep a report."""
+        self.done[report.number] = report
+
+    def digest(self, start: str) -> str:
+        """Return 128 bits in hex over `start` and the checksum of every tensor."""
+        checksums: dict[str, int] = {}
+        for piece in self._pieces():
+            checksums[piece.tensor] = (checksums.get(piece.tensor, 0) + piece.checksum) % (1 << 64)
+        return xxhash.xxh3_128_hexdigest(repr((start, sorted(checksums.items()))).encode())
+
+    def _pieces(self) -> Iterator[PieceReport]:
+        return (piece for report in self.done.values() for piece in report.pieces)
+
+
+def _sources(job: EvaluatorJob) -> MappedSources:
+    """Make the place for sources, bounded by the memory that is free now."""
+    if job.device != "cuda":
+        return MappedSources(int(available_bytes() * _SOURCES_SHARE))
+    import torch
+
+    _, total = torch.cuda.mem_get_info()
+    on_device = int(total * job.share * _SOURCES_SHARE)
+    return MappedSources(
+        int(available_bytes() * _SOURCES_SHARE), device="cuda", device_budget_bytes=on_device
+    )

@@ -1,0 +1,194 @@
+"""Evaluators as Ray actors: started over the cluster, replaced when they die."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from raymerge.cluster.evaluator import Evaluator, EvaluatorJob, MergeReport, ScoreReport
+from raymerge.cluster.evaluator_group import Call, Event, Failure, Gone, Raised, Returned, answer
+from raymerge.cluster.evaluator_place import Node
+from raymerge.merge_actors.errors import ClusterError
+
+#: How long to wait for the cluster to give any evaluator before saying what is missing.
+START_SECONDS = 300.0
+#: Evaluators that may die one after the other, per evaluator, without an answer from any.
+_LOSSES_PER_EVALUATOR = 4
+
+
+# A thread for merging, one for scoring; a point is done again elsewhere, so an actor is never restarted.
+@ray.remote(max_concurrency=2, max_restarts=0, max_task_retries=0)
+class RayEvaluator:
+    """`Evaluator` as an actor."""
+
+    def __init__(self, job: EvaluatorJob) -> None:
+        if job.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        sys.setswitchinterval(2e-4)  # as for merge workers: threads hand each other the interpreter often
+        self._evaluator = Evaluator(job)
+        self._is_cuda = job.device == "cuda"
+
+    def answer(self, call: Call) -> MergeReport | ScoreReport | Failure:
+        """Carry out a call."""
+        report = answer(self._evaluator, call)
+        if isinstance(report, Failure) and self._is_cuda:
+            _leave_if_broken()
+        return report
+
+    def pid(self) -> int:
+        """Return the process id."""
+        return os.getpid()
+
+
+def nodes() -> list[Node]:
+    """Return the machines of the cluster."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
+
+
+class RayEvaluators:
+    """Actors on a Ray cluster that this process is connected to."""
+
+    def __init__(self, num_evaluators: int, job: EvaluatorJob, *, num_cpus: float, num_gpus: float) -> None:
+        self.num_slots = job.num_slots
+        self.pids: dict[int, int] = {}
+        """Process ids of the actors that are ready."""
+        self._num_evaluators, self._job = num_evaluators, job
+        self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": "SPREAD"}
+        self._in_store: Any = None
+        self._actors: dict[int, Any] = {}
+        self._starting: dict[Any, tuple[int, Any]] = {}
+        self._in_flight: dict[Any, tuple[int, Call]] = {}
+        self._next_number = 0
+        self._losses_left = 0
+        self._last_alive = 0.0
+
+    def start(self) -> None:
+        """Start the actors that are missing and return when one is ready; the others join as they come.
+
+        Raises:
+            ClusterError: the cluster gives none in time, or they die as they start.
+        """
+        if self._in_store is None:
+            self._in_store = ray.put(self._job)
+        self._losses_left = _LOSSES_PER_EVALUATOR * self._num_evaluators
+        while len(self._actors) + len(self._starting) < self._num_evaluators:
+            self._launch()
+        self._last_alive = time.monotonic()
+        while not self._actors:
+            self.wait(1.0)
+
+    def evaluators(self) -> tuple[int, ...]:
+        """Return the numbers of the actors that are ready."""
+        return tuple(self._actors)
+
+    def submit(self, evaluator: int, call: Call) -> None:
+        """Send a call to an actor."""
+        self._in_flight[self._actors[evaluator].answer.remote(call)] = (evaluator, call)
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        """Return answers and losses; start a replacement for a lost actor.
+
+        Raises:
+            ClusterError: for a long time there was no evaluator at all, or too many were lost.
+        """
+        if self._actors:
+            self._last_alive = time.monotonic()
+        elif time.monotonic() - self._last_alive > START_SECONDS:
+            raise ClusterError(self._shortage())
+        waiting = [*self._in_flight, *self._starting]
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
+        if ready and len(waiting) > 1:
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
+        events: list[Event] = []
+        for reference in ready:
+            if reference in self._starting:
+                events += self._joined(reference)
+            elif reference in self._in_flight:
+                events += self._answered(reference)
+        return events
+
+    def close(self) -> None:
+        """Kill every actor."""
+        for actor in [*self._actors.values(), *(actor for _, actor in self._starting.values())]:
+            ray.kill(actor)
+        self._actors, self._starting, self._in_flight = {}, {}, {}
+        self.pids.clear()
+
+    def _launch(self) -> None:
+        number = self._next_number
+        self._next_number += 1
+        skin: Any = RayEvaluator  # the decorator's type is Ray's own
+        actor = skin.options(**self._options).remote(self._in_store)
+        self._starting[actor.pid.remote()] = (number, actor)
+
+    def _joined(self, reference: Any) -> list[Event]:
+        number, actor = self._starting.pop(reference)
+        try:
+            self.pids[number] = ray.get(reference, timeout=30)
+        except (RayError, GetTimeoutError) as error:
+            return self._lose(number, actor, f"evaluator {number} did not start: {_first_line(error)}")
+        self._actors[number] = actor
+        return []
+
+    def _answered(self, reference: Any) -> list[Event]:
+        number, call = self._in_flight.pop(reference)
+        try:
+            report = ray.get(reference, timeout=60)
+        except RayTaskError as error:  # an answer that could not be carried over
+            return [Raised(number, call, Failure(str(error)))]
+        except (RayError, GetTimeoutError) as error:
+            return self._lose(number, self._actors.get(number), _first_line(error))
+        self._losses_left = _LOSSES_PER_EVALUATOR * self._num_evaluators
+        if isinstance(report, Failure):
+            return [Raised(number, call, report)]
+        return [Returned(number, call, report)]
+
+    def _lose(self, number: int, actor: Any, reason: str) -> list[Event]:
+        """Forget a dead actor and start another."""
+        self._in_flight = {
+            reference: entry for reference, entry in self._in_flight.items() if entry[0] != number
+        }
+        self._actors.pop(number, None)
+        self.pids.pop(number, None)
+        if actor is not None:
+            ray.kill(actor)
+        self._losses_left -= 1
+        if self._losses_left < 0:
+            raise ClusterError(
+                f"evaluators died again and again, the last one with: {reason}; see Ray's logs of the nodes; if "
+                "memory ran out, use fewer --workers"
+            )
+        self._launch()
+        return [Gone(number, reason)]
+
+    def _shortage(self) -> str:
+        """Say what was asked of the cluster and what it has."""
+        total, free = ray.cluster_resources(), ray.available_resources()
+        have = ", ".join(
+            f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
+        )
+        return (
+            f"no evaluator could be started in {START_SECONDS:g} s: asked for {self._num_evaluators} of "
+            f"{self._options['num_cpus']:g} CPU and {self._options['num_gpus']:g} GPU each, the cluster has {have}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _leave_if_broken() -> None:
+    """End the process if its CUDA context is beyond use: every later call would fail too."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        os._exit(1)

@@ -1,0 +1,145 @@
+"""An evaluator's model has the bits of a checkpoint that `raymerge merge` writes; nothing is read twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raymerge.cluster.evaluator import Evaluator, EvaluatorJob
+from raymerge.cluster.merge import merge
+from raymerge.cluster.options import MergeOptions
+from raymerge.merge_actors.errors import RaymergeError
+from raymerge.stats.evaluation.tasks import EvaluationSpec
+
+
+def task_vectors(family: Any, method: str, **parameters: Any) -> dict[str, Any]:
+    of_model = {name: parameters.pop(name) for name in ("weight", "density") if name in parameters}
+    return {
+        "name": "point",
+        "merge_method": method,
+        "base_model": str(family.base),
+        "models": [{"model": str(m), "parameters": {"weight": 0.5, **of_model}} for m in family.models],
+        "parameters": parameters,
+    }
+
+
+@pytest.fixture
+def evaluator(evaluation: EvaluationSpec) -> Iterator[Evaluator]:
+    made = make_evaluator(evaluation)
+    yield made
+    made.close()
+
+
+def make_evaluator(evaluation: EvaluationSpec, *, num_threads: int = 2, num_slots: int = 1) -> Evaluator:
+    return Evaluator(
+        EvaluatorJob(
+            evaluation=evaluation,
+            merge=MergeOptions(),
+            device="cpu",
+            num_threads=num_threads,
+            num_slots=num_slots,
+        )
+    )
+
+
+def written(recipe: Mapping[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    merge([recipe], folder, MergeOptions(in_process=True, workers=1))
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merges_to_the_bytes_of_a_checkpoint(
+    dtype: str, tiny_checkpoints: Callable[..., Any], evaluator: Evaluator, tmp_path: Path
+) -> None:
+    family = tiny_checkpoints("bert", dtype=dtype, sharded=True)
+    recipes = [
+        task_vectors(family, "task_arithmetic", **{"lambda": 0.7}),
+        task_vectors(family, "ties", density=0.4),
+        task_vectors(family, "dare_ties", density=0.5, **{"lambda": 1.3}),
+    ]
+    for number, recipe in enumerate(recipes):
+        evaluator.merge(0, recipe)
+        expected = written(recipe, tmp_path / str(number))
+        assert evaluator.tensors(0).keys() == expected.keys()
+        for name, tensor in evaluator.tensors(0).items():
+            assert tensor.dtype == expected[name].dtype
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_reads_each_source_once(tiny_checkpoints: Callable[..., Any], evaluator: Evaluator) -> None:
+    family = tiny_checkpoints("bert")
+    first = evaluator.merge(0, task_vectors(family, "task_arithmetic"))
+    second = evaluator.merge(0, task_vectors(family, "ties", density=0.4))
+    files = [file for model in (family.base, *family.models) for file in model.glob("*.safetensors")]
+    assert first.bytes_read == sum(file.stat().st_size for file in files)
+    assert second.bytes_read == 0
+    assert first.digest != second.digest
+
+
+def test_scores_what_a_checkpoint_on_disk_scores(
+    tiny_checkpoints: Callable[..., Any], evaluation: EvaluationSpec, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    from raymerge.merge_actors.checkpoint.folder import open_checkpoint
+    from raymerge.stats.evaluation.evaluate import evaluate_checkpoint
+
+    family = tiny_checkpoints("bert", dtype="bfloat16")
+    recipe = task_vectors(family, "task_arithmetic", weight=3.0)
+    evaluator.merge(0, task_vectors(family, "ties", density=0.4))
+    evaluator.score(0, "validation")
+    evaluator.merge(0, recipe)
+    first = evaluator.score(0, "validation", 0.3)
+    rest = evaluator.score(0, "validation")
+    written(recipe, tmp_path / "out")
+    expected, _ = evaluate_checkpoint(open_checkpoint(tmp_path / "out"), evaluation)
+    assert rest.metrics.keys() == expected.keys() == {"topic.pearson", "topic.spearman", "topic.mse"}
+    for name, estimate in expected.items():
+        assert rest.metrics[name] == pytest.approx(tuple(estimate), rel=1e-12)
+    num_batches = first.num_forward_passes + rest.num_forward_passes
+    assert first.num_forward_passes == -(-num_batches * 3 // 10)
+
+
+def test_metrics_do_not_depend_on_the_threads(
+    tiny_checkpoints: Callable[..., Any], evaluation: EvaluationSpec
+) -> None:
+    family = tiny_checkpoints("bert")
+    found = []
+    for num_threads in (1, 3):
+        evaluator = make_evaluator(evaluation, num_threads=num_threads)
+        report = evaluator.merge(0, task_vectors(family, "dare_linear", density=0.3, weight=2.0))
+        found.append((report.digest, evaluator.score(0, "validation").metrics))
+        evaluator.close()
+    assert found[0] == found[1]
+
+
+def test_slots_hold_models_of_their_own(
+    tiny_checkpoints: Callable[..., Any], evaluation: EvaluationSpec
+) -> None:
+    family = tiny_checkpoints("bert")
+    evaluator = make_evaluator(evaluation, num_slots=2)
+    digests = [
+        evaluator.merge(slot, task_vectors(family, "linear", weight=1.0 + slot)).digest for slot in (0, 1)
+    ]
+    name = "bert.embeddings.word_embeddings.weight"
+    tensors = [evaluator.tensors(slot)[name] for slot in (0, 1)]
+    assert tensors[0].data_ptr() != tensors[1].data_ptr()
+    assert digests[0] == evaluator.merge(1, task_vectors(family, "linear", weight=1.0)).digest
+    evaluator.close()
+
+
+def test_goes_on_after_a_point_that_fails(tiny_checkpoints: Callable[..., Any], evaluator: Evaluator) -> None:
+    family = tiny_checkpoints("bert")
+    good = task_vectors(family, "task_arithmetic")
+    digest = evaluator.merge(0, good).digest
+    bad = task_vectors(family, "task_arithmetic")
+    bad["models"][1]["model"] = "/nowhere"
+    with pytest.raises(RaymergeError, match="/nowhere"):
+        evaluator.merge(0, bad)
+    assert evaluator.merge(0, good).digest == digest
