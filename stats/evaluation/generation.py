@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.stats.evaluation import metrics
 from raymerge.stats.evaluation.answers import Ignored, cut_at_stop, extract, is_exact_match
 from raymerge.stats.evaluation.chat import render
@@ -121,8 +122,12 @@ class PreparedGeneration(PreparedTask):
     ) -> None:
         """Tokenise the prompts."""
         self._encoder = encoder
-        self._end_ids = _end_ids(model_folder, encoder.tokenizer)
-        self._is_encoder_decoder = bool(head_config(model_folder).get("is_encoder_decoder"))
+        settings = _settings(model_folder)
+        self._end_ids = _end_ids(settings, encoder.tokenizer)
+        self._is_encoder_decoder = bool(settings.get("is_encoder_decoder"))
+        self._start_id = settings.get("decoder_start_token_id")
+        if self._is_encoder_decoder and self._start_id is None:
+            raise task.error("kind", f"the config.json of {model_folder} names no decoder_start_token_id.")
         self._gold = [task.gold(table, i) for i in range(len(table))]
         longest = encoder.max_length - task.max_new_tokens
         self._prompts: list[list[int]] = []
@@ -159,6 +164,7 @@ class PreparedGeneration(PreparedTask):
             use_cache=True,
             pad_token_id=self._encoder.pad_id,
             eos_token_id=sorted(self._end_ids) or None,
+            decoder_start_token_id=self._start_id,
         )
         criteria = StoppingCriteriaList()
         if self.task.stop:
@@ -193,16 +199,16 @@ def _prompts(task: Generation, table: Table, tokenizer: Any) -> list[str]:
     return [render(task, tokenizer, each, table.place(i), for_answer=True) for i, each in enumerate(given)]
 
 
-def _end_ids(model_folder: str, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of generation_config.json."""
-    found = [tokenizer.eos_token_id]
+def _settings(model_folder: str) -> dict[str, Any]:
+    """Return config.json with what generation_config.json says instead."""
     path = os.path.join(model_folder, "generation_config.json")
-    if os.path.exists(path):
-        from raymerge.merge_actors.checkpoint.files import read_json
+    return head_config(model_folder) | (read_json(path) if os.path.exists(path) else {})
 
-        settings: Mapping[str, Any] = read_json(path)
-        given = settings.get("eos_token_id")
-        found += given if isinstance(given, list) else [given]
+
+def _end_ids(settings: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's and the model's."""
+    given = settings.get("eos_token_id")
+    found = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     return frozenset(each for each in found if each is not None)
 
 

@@ -147,7 +147,7 @@ class PreparedCallable(PreparedTask):
         except BaseException as error:  # whatever it raises, sys.exit() too, fails this point and no other
             raise EvaluationError(
                 f"{self.task.name}: {self.task.callable} raised {type(error).__name__}: {error}\n"
-                f"{''.join(traceback.format_exception(error))}"
+                f"{''.join(traceback.format_exception(type(error), error, _after_ours(error)))}"
             ) from error
         finally:
             module.eval()
@@ -246,3 +246,8 @@ def _from_file(file: str) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def _after_ours(error: BaseException) -> Any:
+    """Return the traceback from the user's function on."""
+    return error.__traceback__.tb_next if error.__traceback__ else None

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: A pooler that an encoder can do without: checkpoints trained on masked tokens have none.
+_POOLER = "pooler.dense.weight"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Binding:
     """Where one parameter comes from."""
@@ -209,6 +213,8 @@ def _match(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[_B
     """Find the tensors of every parameter: the head's in its checkpoint, all others among the merged ones."""
     found = []
     head_shapes = structure.head_shapes()
+    if structure.has_spare_pooler and not find_parts(structure.module, [_POOLER], shapes):
+        structure.drop_pooler()
     for key, names in structure.parameters():
         is_head = structure.is_of_head(names)
         parts = () if is_head else find_parts(structure.module, names, shapes)

@@ -20,6 +20,7 @@ AUTO_CLASSES: dict[ModelKind, str] = {
     "encoder": "AutoModel",
 }
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
+_ENCODER_ALONE = "AutoModelForTextEncoding"
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
@@ -54,6 +55,20 @@ class Structure:
         """Yield the key and the names of every parameter, a tied one once."""
         for key, places in self._places.items():
             yield key, tuple(full for _, _, full in places)
+
+    @property
+    def has_spare_pooler(self) -> bool:
+        """Tell whether the model is a bare encoder with a pooler behind its last layer."""
+        return self.head is None and getattr(self.module, "pooler", None) is not None
+
+    def drop_pooler(self) -> None:
+        """Go without the pooler; the encoder then returns its states alone."""
+        self.module.pooler = None
+        self._places = {
+            key: places
+            for key, places in self._places.items()
+            if not any(full.startswith("pooler.") for _, _, full in places)
+        }
 
     def shape(self, key: int) -> tuple[int, ...]:
         """Return the shape of a parameter."""
@@ -133,6 +148,8 @@ def model_class_for(task: TaskSpec, config: Any) -> Any:
             raise task.error(
                 "kind", f"{task.kind} needs a causal language model; the models are {', '.join(named)}."
             )
+    if task.model_kind == "encoder" and config.is_encoder_decoder:
+        return getattr(transformers, _ENCODER_ALONE)
     return getattr(transformers, AUTO_CLASSES[task.model_kind])
 
 

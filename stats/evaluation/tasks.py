@@ -9,6 +9,7 @@ from typing import Any
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.evaluation.embedding_similarity import EmbeddingSimilarity
 from raymerge.stats.evaluation.generation import Generation
+from raymerge.stats.evaluation.harness import HarnessTask
 from raymerge.stats.evaluation.loss import Loss
 from raymerge.stats.evaluation.multiple_choice import MultipleChoice
 from raymerge.stats.evaluation.python_callable import PythonTask
@@ -25,6 +26,7 @@ TASKS: dict[str, type[TaskSpec]] = {
     "text_classification": TextClassification,
     "token_classification": TokenClassification,
     "embedding_similarity": EmbeddingSimilarity,
+    "harness": HarnessTask,
     "python": PythonTask,
 }
 
