@@ -6,6 +6,7 @@ torch or transformers.
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from object_store import ObjectStore, running_object_store
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token of the user's is read or left behind
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -22,6 +24,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)  # never attach to somebody's cluster
 os.environ["RAYMERGE_CACHE"] = tempfile.mkdtemp(prefix="raymerge-cache-")
+# The object store that tests know, whether or not it gets started: workers inherit where it is.
+_STORE_SOCKET = socket.create_server(("127.0.0.1", 0))
+os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*_STORE_SOCKET.getsockname())
+os.environ["AWS_ACCESS_KEY_ID"] = "test-key-id"
+os.environ["AWS_SECRET_ACCESS_KEY"] = "a-secret-of-the-tests"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 VOCABULARY_ROWS = 96
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -29,6 +37,7 @@ SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["RAYMERGE_CACHE"], ignore_errors=True)
+    _STORE_SOCKET.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +71,21 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store_server() -> Iterator[ObjectStore]:
+    """One S3 server for all tests that ask for it."""
+    yield from running_object_store(_STORE_SOCKET)
+
+
+@pytest.fixture
+def object_store(object_store_server: ObjectStore) -> Iterator[ObjectStore]:
+    """Return the S3 server, with nothing counted and no fault planned."""
+    object_store_server.forget()
+    object_store_server.faults.clear()
+    yield object_store_server
+    object_store_server.faults.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
