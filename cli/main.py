@@ -17,6 +17,10 @@ _COMMANDS = {
     "inspect": "raymerge.cli.inspect",
     "verify": "raymerge.cli.verify",
     "stats": "raymerge.cli.stats",
+    "evaluate": "raymerge.cli.evaluate",
+    "grid": "raymerge.cli.grid",
+    "search": "raymerge.cli.search",
+    "report": "raymerge.cli.report",
     "submit": "raymerge.cli.submit",
     "jobs": "raymerge.cli.jobs",
 }

@@ -8,10 +8,11 @@ with one that happened to finish first.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -165,12 +166,9 @@ def _import_optuna(search: SearchSpec) -> Any:
     return optuna
 
 
-def _quiet() -> warnings.catch_warnings:  # type: ignore[type-arg]
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Silence remarks about features that are experimental in Optuna: there is nothing to be done about them."""
-    return _Quiet()
-
-
-class _Quiet(warnings.catch_warnings):  # type: ignore[type-arg]
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield

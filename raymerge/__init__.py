@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raymerge.cluster.grid import GridResult
+    from raymerge.cluster.evaluate import Evaluation, EvaluationResult
     from raymerge.cluster.inspect import Inspection
     from raymerge.cluster.merge import MergeResult
     from raymerge.cluster.session import Session as Session
     from raymerge.cluster.verify import Verification
 
-__all__ = ["Session", "inspect", "merge", "plan", "verify"]
+__all__ = ["Session", "evaluate", "grid", "inspect", "merge", "plan", "report", "search", "verify"]
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -88,6 +90,80 @@ def verify(out: str | os.PathLike[str], **options: Any) -> Verification:
     from raymerge.cluster.verify import verify as run
 
     return run(os.fspath(out), **options)
+
+
+def grid(source: Recipe, out: str | os.PathLike[str], *, strict: bool = False, **options: Any) -> GridResult:
+    """Merge and evaluate every point of a grid; winners become checkpoints.
+
+    Args:
+        source: a grid file, YAML text or a mapping (docs/grids.md).
+        out: folder for results.parquet, best.json and the checkpoints best-1, best-2 ...
+        strict: refuse recipe keys that have no effect.
+        options: fields of `raymerge.cluster.grid_options.GridOptions`: address, in_process, workers,
+            device, slice_mib, seed, limit, resume, overwrite, allow_nan, allow_pickle.
+
+    Raises:
+        RaymergeError: with one sentence for the user; finished points are kept in `out`.
+    """
+    from raymerge.cluster.grid import grid as run
+    from raymerge.cluster.grid_options import GridOptions
+
+    return run(source, out, GridOptions(**options), strict=strict)
+
+
+def search(
+    source: Recipe, out: str | os.PathLike[str], *, strict: bool = False, **options: Any
+) -> GridResult:
+    """Search for the best point of a space; needs Optuna.
+
+    Args:
+        source: a search file, YAML text or a mapping (docs/grids.md).
+        out: as for `grid`.
+        strict: as for `grid`.
+        options: as for `grid`; `seed` is the sampler's, `limit` a number of trials.
+
+    Raises:
+        RaymergeError: with one sentence for the user; finished trials are kept in `out`.
+    """
+    from raymerge.cluster.grid_options import GridOptions
+    from raymerge.cluster.search import search as run
+
+    return run(source, out, GridOptions(**options), strict=strict)
+
+
+def report(out: str | os.PathLike[str], *, top: int = 10) -> list[str]:
+    """Draw the results of a grid or a search as one HTML page and pictures; needs matplotlib.
+
+    Args:
+        out: folder of the grid or search, which may still be running.
+        top: rows of the table of the best points.
+
+    Returns:
+        the files that were written, the page first.
+
+    Raises:
+        RaymergeError: the folder holds no results.
+    """
+    from raymerge.cluster.report import write_report
+    from raymerge.cluster.report_data import read_report
+
+    return write_report(read_report(os.fspath(out), top), os.fspath(out))
+
+
+def evaluate(model: str | os.PathLike[str], evaluation: Evaluation, **options: Any) -> EvaluationResult:
+    """Score a checkpoint on the tasks of a grid (docs/evaluation.md).
+
+    Args:
+        model: folder or Hub id, path[@revision].
+        evaluation: a YAML file with an `evaluate:` section, or the section as a mapping.
+        options: of `raymerge.cluster.evaluate.evaluate`: split, device, allow_pickle, on_remark.
+
+    Raises:
+        RaymergeError: with one sentence for the user.
+    """
+    from raymerge.cluster.evaluate import evaluate as run
+
+    return run(os.fspath(model), evaluation, **options)
 
 
 def __getattr__(name: str) -> Any:
