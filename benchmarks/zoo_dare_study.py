@@ -18,10 +18,10 @@ from typing import Any
 from kept_file import Report
 from paired import Accuracy, accuracy, difference
 from zoo_command import new_report, read_options, without_skipped
-from zoo_pages import answers_of, percent
+from zoo_pages import answers_of, chosen, percent
 from zoo_pictures import COLOURS, one_panel
 from zoo_points import ALPHA, FISHER_SAMPLES, GRAM_SAMPLES, Point, ZooSetting, read_settings, recipe
-from zoo_scores import Answers, examine
+from zoo_scores import Answers, Examination, joined
 
 #: Drop rates.
 SINGLE_DROPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
@@ -103,10 +103,15 @@ def merge_points(setting: ZooSetting) -> Iterator[Point]:
                 suffix = f"_{way.axis}{value:g}" if way.axis else ""
                 yield Point(
                     name=f"{way.name.replace(' %', '').replace(' ', '_')}_drop{drop:g}{suffix}",
-                    row="",
+                    row=row_name(way.name, drop),
                     recipe=recipe(setting, way.method, parameters, has_base=has_base, data=way.data),
                     axes={"way": way.name, "drop": drop, "scale": value},
                 )
+
+
+def row_name(way: str, drop: float) -> str:
+    """Return the name of the row of points that differ in their scale only."""
+    return f"{way}, p {drop:g}"
 
 
 def single_settings(setting: ZooSetting) -> Iterator[ZooSetting]:
@@ -126,14 +131,16 @@ def main() -> None:
         singles = []
         for single in single_settings(setting):
             points = without_skipped(single_points(single), options.skip)
-            folder = f"dare/{setting.name}-{Path(single.models[0]).name}"
-            singles.append((points, examine(options.zoo, options.out, single, points, folder=folder)))
+            examination = Examination(options.zoo, options.out, single)
+            singles.append((points, examination.ask(points, ["test"])))
         merges = without_skipped(merge_points(setting), options.skip)
-        folder = f"dare/{setting.name}"
-        answers = examine(options.zoo, options.out, setting, merges, folder=folder)
+        examination = Examination(options.zoo, options.out, setting)
+        validation = examination.ask(merges, ["validation"])
+        best = chosen(merges, validation)
+        answers = joined(validation, examination.ask(list(best.values()), ["test"]))
         report = new_report("zoo_dare", f"DARE on real fine-tuned encoders: {setting.name}", options)
         _write_singles(report, report.path(options.results), singles)
-        _write_merges(report, report.path(options.results), setting, merges, answers)
+        _write_merges(report, report.path(options.results), setting, merges, best, answers)
         report.write(options.results)
 
 
@@ -180,21 +187,22 @@ def _write_singles(
 
 
 def _write_merges(
-    report: Report, page: Path, setting: ZooSetting, points: Sequence[Point], answers: Mapping[str, Answers]
+    report: Report,
+    page: Path,
+    setting: ZooSetting,
+    points: Sequence[Point],
+    best: Mapping[str, Point],
+    answers: Mapping[str, Answers],
 ) -> None:
     probes = [probe.name for probe in setting.probes]
-    best: dict[tuple[str, float], tuple[float, Point]] = {}
-    for point in points:
-        axes = point.axes or {}
-        value = accuracy(answers_of(answers[point.name], probes, "validation")).value
-        key = (axes["way"], axes["drop"])
-        if key not in best or value > best[key][0]:
-            best[key] = (value, point)
-    ways = list(dict.fromkeys(way for way, _ in best))
-    drops = list(dict.fromkeys(drop for _, drop in best))
+    ways = list(dict.fromkeys((point.axes or {})["way"] for point in points))
+    drops = list(dict.fromkeys((point.axes or {})["drop"] for point in points))
 
     def test(way: str, drop: float) -> list[list[bool]]:
-        return answers_of(answers[best[way, drop][1].name], probes)
+        return answers_of(answers[best[row_name(way, drop)].name], probes)
+
+    def validation(point: Point) -> float:
+        return accuracy(answers_of(answers[point.name], probes, "validation")).value
 
     found = {way: [accuracy(test(way, drop)) for drop in drops] for way in ways}
     report.text(
@@ -205,7 +213,7 @@ def _write_merges(
     for i, drop in enumerate(drops):
         cells = [f"{drop:g}"]
         for way in ways:
-            scale = (best[way, drop][1].axes or {})["scale"]
+            scale = (best[row_name(way, drop)].axes or {})["scale"]
             cells.append(percent(found[way][i]) + (f" ({scale:g})" if scale is not None else ""))
         rows.append(cells)
     report.table(["p", *ways], rows)
@@ -215,7 +223,7 @@ def _write_merges(
     )
     rows = []
     for way in ways:
-        drop = max((each for each in drops if each), key=lambda each, way=way: best[way, each][0])
+        drop = max((each for each in drops if each), key=lambda each: validation(best[row_name(way, each)]))
         change = difference(test(way, drop), test(way, 0.0))
         rows.append(
             [way, f"{drop:g}", f"{100 * change.value:+.1f} +-{100 * change.error:.1f}", f"{change.p:.2f}"]
@@ -225,8 +233,11 @@ def _write_merges(
         point.name: {
             "axes": dict(point.axes or {}),
             "recipe": point.recipe,
-            "validation": asdict(accuracy(answers_of(answers[point.name], probes, "validation"))),
-            "test": asdict(accuracy(answers_of(answers[point.name], probes))),
+            **{
+                split: asdict(accuracy(found_on))
+                for split in ("validation", "test")
+                if (found_on := answers_of(answers[point.name], probes, split))
+            },
         }
         for point in points
     }

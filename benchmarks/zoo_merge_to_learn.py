@@ -23,9 +23,9 @@ from zoo_command import new_report, read_options, without_skipped
 from zoo_pages import answers_of, percent
 from zoo_pictures import COLOURS, panels
 from zoo_points import Point, ZooSetting, read_settings
-from zoo_scores import Answers, examine
+from zoo_scores import Answers, Examination
 
-OMEGAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+OMEGAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 GENERAL = "domains/models/joint"
 #: Name of the sweep that adds every skill.
 ALL = "all skills"
@@ -86,7 +86,7 @@ def main() -> None:
     setting = skills_setting(settings["domains"], settings["tasks"])
     steps = num_steps(options.zoo)
     points = without_skipped(sweep_points(setting, steps), options.skip)
-    answers = examine(options.zoo, options.out, setting, points)
+    answers = Examination(options.zoo, options.out, setting).ask(points, ["validation", "test"])
     report = new_report("zoo_merge_to_learn", "Merge to Learn on real fine-tuned encoders", options)
     _write(report, report.path(options.results), setting, points, answers, steps)
     report.write(options.results)

@@ -16,7 +16,7 @@ from raymerge.merge_actors.methods import METHODS
 
 #: The settings whose recipes are not a curve: RegMean's defaults, and the samples of each kind of statistics.
 ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 128
-ALPHAS = tuple(step / 20 for step in range(21))
+ALPHAS = (*(step / 10 for step in range(10)), 0.95, 1.0)
 SAMPLES = (1, 4, 16, 64, 256, 1000)
 ESTIMATORS = ("expected", "sampled", "empirical")
 _WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
@@ -94,7 +94,9 @@ def _read_setting(name: str, found: Mapping[str, Any], max_length: int) -> ZooSe
     for extra in found.get("extra_tests", ()):
         group = {"ood": "out of domain"}.get(extra, extra)
         probes.append(Probe(name=extra, data=f"{name}/data/{extra}", head=None, group=group))
-    references = {"base": found["base"], **{f"only {each}": f"{name}/models/{each}" for each in names}}
+    references = {f"only {each}": f"{name}/models/{each}" for each in names}
+    if has_own_heads:  # else the base's head was never trained
+        references = {"base": found["base"], **references}
     if found.get("joint"):
         references["joint training"] = f"{name}/models/joint"
     return ZooSetting(

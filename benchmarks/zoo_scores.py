@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from zoo_points import Point, Probe, ZooSetting
 
 import raymerge
 
-_BATCH = 64
+_BATCH = 16
 #: Answers of one point: probe -> split -> whether each example was answered right.
 Answers = dict[str, dict[str, list[bool]]]
 
@@ -93,83 +94,78 @@ class Examiner:
         return self._data[data]
 
 
-def examine(
-    zoo: Path,
-    work: Path,
-    setting: ZooSetting,
-    points: Iterable[Point],
-    splits: Sequence[str] = ("validation", "test"),
-    folder: str | None = None,
-) -> dict[str, Answers]:
-    """Return the answers of every point, merging and asking those that were not asked before.
+class Examination:
+    """The points of one setting, merged and asked when an answer is wanted that was not given before.
 
     The working folder must be the zoo: recipes name models relative to it.
-
-    Args:
-        zoo: the zoo.
-        work: keeps the answers.
-        setting: whose probes are asked.
-        points: with names of their own.
-        splits: of the probes' data.
-        folder: of the answers, in `work` [the setting's name].
     """
-    examiner, found = Examiner(zoo), {}
-    names: set[str] = set()
-    assert len({probe.name for probe in setting.probes}) == len(setting.probes), "probes share a name"
-    with raymerge.Session(in_process=True) as session:
-        for point in points:
-            assert point.name not in names, point.name
-            names.add(point.name)
-            file = work / "answers" / (folder or setting.name) / f"{point.name.replace(' ', '_')}.json"
-            key = _key(zoo, point, splits)
-            kept = json.loads(file.read_text()) if file.exists() else {}
-            if kept.get("key") != key:
-                kept = _examine(session, examiner, work, setting, point, splits) | {"key": key}
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.with_suffix(".part").write_text(json.dumps(kept))
-                file.with_suffix(".part").rename(file)
-            found[point.name] = kept["answers"]
+
+    def __init__(self, zoo: Path, work: Path, setting: ZooSetting) -> None:
+        """Keep answers under `work`; those of earlier runs are found there."""
+        names = [probe.name for probe in setting.probes]
+        assert len(set(names)) == len(names), f"probes share a name: {names}"
+        self.work, self.setting = work, setting
+        self._examiner = Examiner(zoo)
+
+    def ask(self, points: Sequence[Point], splits: Sequence[str]) -> dict[str, Answers]:
+        """Return the answers of points on some splits of the probes' data, by the points' names."""
+        names = [point.name for point in points]
+        assert len(set(names)) == len(names), f"points share a name: {names}"
+        with raymerge.Session(in_process=True) as session:
+            return {point.name: self._ask(session, point, splits) for point in points}
+
+    def _ask(self, session: raymerge.Session, point: Point, splits: Sequence[str]) -> Answers:
+        file = self.work / "answers" / f"{self._key(point)}.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        missing = [split for split in splits if split not in kept]
+        if missing:
+            kept |= self._examine(session, point, missing)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(kept))
+            part.rename(file)
+        names = [probe.name for probe in self.setting.probes]
+        return {name: {split: kept[split][name] for split in splits if name in kept[split]} for name in names}
+
+    def _examine(
+        self, session: raymerge.Session, point: Point, splits: Sequence[str]
+    ) -> dict[str, dict[str, list[bool]]]:
+        """Return the answers by split and probe."""
+        begin, folder = time.perf_counter(), self._examiner.zoo / point.folder
+        merged = self.work / f"merged-{os.getpid()}"
+        if point.recipe is not None:
+            folder = merged
+            for line in session.merge(point.recipe, merged, overwrite=True, strict=True).remarks:
+                print(f"  {line}", flush=True)
+        merge_seconds = time.perf_counter() - begin
+        answers = self._examiner.answers(folder, self.setting, splits)
+        shutil.rmtree(merged, ignore_errors=True)
+        seconds = time.perf_counter() - begin
+        found = {split: {name: of[split] for name, of in answers.items() if split in of} for split in splits}
+        for split, of in found.items():
+            shares = ", ".join(f"{name} {100 * sum(each) / len(each):.1f}" for name, each in of.items())
+            print(f"{self.setting.name}/{point.name}, {split}: {shares}", flush=True)
+        print(f"  merged in {merge_seconds:.1f} s, asked in {seconds - merge_seconds:.1f} s", flush=True)
+        return found
+
+    def _key(self, point: Point) -> str:
+        """Return a hash of all that determines the answers; points of one recipe share them."""
+        parts = [
+            (self._examiner.zoo / "zoo.json").read_text(),
+            point.recipe,
+            point.folder,
+            [(probe.name, probe.data, probe.head) for probe in self.setting.probes],
+            self.setting.max_length,
+            [importlib.metadata.version(name) for name in ("raymerge", "torch", "transformers")],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def joined(*answers: Mapping[str, Answers]) -> dict[str, Answers]:
+    """Join answers on different splits, point by point."""
+    found: dict[str, Answers] = {}
+    for each in answers:
+        for point, of_point in each.items():
+            for probe, splits in of_point.items():
+                found.setdefault(point, {}).setdefault(probe, {}).update(splits)
     return found
-
-
-def _examine(
-    session: raymerge.Session,
-    examiner: Examiner,
-    work: Path,
-    setting: ZooSetting,
-    point: Point,
-    splits: Sequence[str],
-) -> dict[str, Any]:
-    begin, merged = time.perf_counter(), work / "merged"
-    if point.recipe is None:
-        folder = examiner.zoo / point.folder
-    else:
-        folder = merged
-        result = session.merge(point.recipe, merged, overwrite=True, strict=True)
-        for line in result.remarks:
-            print(f"  {line}", flush=True)
-    merge_seconds = time.perf_counter() - begin
-    answers = examiner.answers(folder, setting, splits)
-    shutil.rmtree(merged, ignore_errors=True)
-    seconds = time.perf_counter() - begin
-    shares = [
-        f"{name} {100 * sum(of['test']) / len(of['test']):.1f}"
-        for name, of in answers.items()
-        if "test" in of
-    ]
-    print(
-        f"{setting.name}/{point.name}: {', '.join(shares)} ({merge_seconds:.1f} of {seconds:.1f} s)",
-        flush=True,
-    )
-    return {"answers": answers, "merge_seconds": merge_seconds, "seconds": seconds}
-
-
-def _key(zoo: Path, point: Point, splits: Sequence[str]) -> str:
-    parts = [
-        (zoo / "zoo.json").read_text(),
-        json.dumps(point.recipe, sort_keys=True),
-        point.folder,
-        list(splits),
-        [importlib.metadata.version(name) for name in ("raymerge", "torch", "transformers")],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

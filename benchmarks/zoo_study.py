@@ -11,32 +11,35 @@ alphas), the one that is best on the validation data is reported; the test data 
 from __future__ import annotations
 
 from zoo_command import new_report, read_options, without_skipped
-from zoo_pages import draw, write_setting
+from zoo_pages import draw, examine_study, write_study
 from zoo_points import FISHER_SAMPLES, GRAM_SAMPLES, read_settings, study_points
-from zoo_scores import examine
+from zoo_scores import Examination
 
 
 def main() -> None:
     """Parse the options, run what is not there yet, keep the result."""
     options = read_options(__doc__ or "")
-    studied = []
-    for setting in read_settings(options.zoo):
-        if not options.settings or setting.name in options.settings:
-            points = without_skipped(study_points(setting), options.skip)
-            studied.append((setting, points, examine(options.zoo, options.out, setting, points)))
+    studies = [
+        examine_study(
+            Examination(options.zoo, options.out, setting),
+            without_skipped(study_points(setting), options.skip),
+        )
+        for setting in read_settings(options.zoo)
+        if not options.settings or setting.name in options.settings
+    ]
     samples = {"Gram samples per model": GRAM_SAMPLES, "Fisher samples per model": FISHER_SAMPLES}
     report = new_report("zoo", "Merges of real fine-tuned encoders", options, samples)
-    pictures = draw(report.path(options.results), studied)
+    pictures = draw(report.path(options.results), studies)
     report.text(
         'Accuracy in % with its standard error over test examples. "Against RegMean 0.9" is the mean difference on '
         "the same examples with its paired standard error; p is McNemar's exact test, two-sided, not corrected for the "
         "number of rows. Where several points were tried, the one best on validation data is shown."
     )
     report.text(f"![methods]({pictures[0].name})")
-    for setting, points, answers in studied:
-        own = ", each with a head of its own" if setting.has_own_heads else ", one head, merged too"
-        report.text(f"## Setting {setting.name}: {len(setting.models)} models{own}")
-        write_setting(report, setting, points, answers)
+    for study in studies:
+        own = ", each with a head of its own" if study.setting.has_own_heads else ", one head, merged too"
+        report.text(f"## Setting {study.setting.name}: {len(study.setting.models)} models{own}")
+        write_study(report, study)
     for picture in pictures[1:]:
         report.text(f"![{picture.stem}]({picture.name})")
     report.write(options.results)

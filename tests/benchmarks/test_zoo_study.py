@@ -171,7 +171,7 @@ def test_a_study_merges_measures_and_goes_on_where_it_was(
     said = capsys.readouterr().out
     # The settings hold the same models and data: the cache has them when the second one asks.
     assert said.count("note: measuring") == 2
-    assert said.count("domains/average") == 1
+    assert said.count("domains/average, test:") == 1
     (page,) = (tmp_path / "kept").glob("zoo_*.md")
     results = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [picture.name for picture in page.parent.glob("*.png")] == [f"{page.stem}_methods.png"]
