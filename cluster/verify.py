@@ -16,13 +16,16 @@ from raymerge.cluster.compare import counted
 from raymerge.cluster.load_check import LoadCheck, check_load
 from raymerge.cluster.manifest import FORMAT_VERSION
 from raymerge.cluster.parallel import map_in_order, num_usable_threads
+from raymerge.cluster.remote_verify import REMARK, loadable
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME
 from raymerge.merge_actors.checksum import add_checksums, piece_checksum
 from raymerge.merge_actors.errors import CheckpointError, VerifyError
+from raymerge.merge_actors.storage.folders import entries, exists, map_concurrently, read_bytes
 from raymerge.merge_actors.storage.storage_files import StorageFiles
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 #: What a thread reads at once, rounded down to whole chunks of a checksum.
 _PIECE_BYTES = 16 << 20
@@ -65,17 +68,19 @@ def verify(out: str | os.PathLike[str], *, load: bool = True) -> Verification:
     Raises:
         VerifyError: naming the first file or tensor that differs, and both values.
     """
-    folders = _outputs_of(os.fspath(out))
+    place = os.fspath(out)
+    folders = _or_verify_error(lambda: _outputs_of(absolute(place) if is_remote(place) else place))
     return Verification(outputs=tuple(_verify_one(folder, load=load) for folder in folders))
 
 
 def _outputs_of(out: str) -> list[str]:
-    if not os.path.isdir(out):
+    listing = entries(out)
+    if not listing and not os.path.isdir(out):
         raise VerifyError(f"{out} is not a folder; give the folder that a merge wrote")
-    if os.path.exists(os.path.join(out, MANIFEST_NAME)):
+    if any(entry.name == MANIFEST_NAME for entry in listing):
         return [out]
-    folders = sorted(entry.path for entry in os.scandir(out) if entry.is_dir())
-    found = [folder for folder in folders if os.path.exists(os.path.join(folder, MANIFEST_NAME))]
+    folders = [os.path.join(out, entry.name) for entry in listing if entry.is_folder]
+    found = [folder for folder in folders if exists(os.path.join(folder, MANIFEST_NAME))]
     if not found:
         raise VerifyError(
             f"neither {out} nor a folder in it holds {MANIFEST_NAME}: it is not an output of raymerge, or "
@@ -92,7 +97,7 @@ def _verify_one(folder: str, *, load: bool) -> VerifiedOutput:
     _check_checksums(manifest["tensors"], tensors)
     seconds = time.monotonic() - started
     config = _read_small_files(folder)
-    checked = check_load(folder, tensors, config) if load else None
+    checked = _load(folder, manifest["files"], tensors, config) if load else None
     return VerifiedOutput(
         folder=folder,
         num_files=len(manifest["files"]),
@@ -102,6 +107,19 @@ def _verify_one(folder: str, *, load: bool) -> VerifiedOutput:
         load=checked,
         remarks=tuple(_remarks(folder, checked)),
     )
+
+
+def _load(
+    folder: str, files: Mapping[str, int], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
+) -> LoadCheck:
+    with loadable(folder, files) as local:
+        try:
+            checked = check_load(local, tensors, config)
+        except VerifyError as error:
+            raise VerifyError(str(error).replace(local, folder)) from error
+    if checked.how == "loaded" and local != folder:
+        return dataclasses.replace(checked, remarks=(*checked.remarks, REMARK))
+    return checked
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:
@@ -139,23 +157,23 @@ def _is_whole_row(row: Any) -> bool:
 
 def _check_headers(folder: str, manifest: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Compare files, their lengths, and the tensors in their headers; return the tensors."""
+    listing = _or_verify_error(lambda: entries(folder))
+    there = {entry.name: entry.num_bytes for entry in listing if not entry.is_folder}
     for name, num_bytes in manifest["files"].items():
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
+        if name not in there:
             raise VerifyError(f"{path} is missing; the manifest has it with {num_bytes:,} bytes")
-        if os.path.getsize(path) != num_bytes:
-            raise VerifyError(f"{path} has {os.path.getsize(path):,} bytes; the manifest says {num_bytes:,}")
-    stray = sorted(
-        name for name in os.listdir(folder) if name.endswith(".safetensors") and name not in manifest["files"]
-    )
+        if there[name] != num_bytes:
+            raise VerifyError(f"{path} has {there[name]:,} bytes; the manifest says {num_bytes:,}")
+    stray = [name for name in there if name.endswith(".safetensors") and name not in manifest["files"]]
     if stray:
         raise VerifyError(
             f"{os.path.join(folder, stray[0])} does not belong to the output: the manifest has no such file"
         )
     found: dict[str, TensorInfo] = {}
-    for name in manifest["files"]:
-        path = os.path.join(folder, name)
-        tensors, _ = _or_verify_error(lambda path=path: read_header(path))
+    paths = [os.path.join(folder, name) for name in manifest["files"]]
+    headers = _or_verify_error(lambda: map_concurrently(read_header, paths, paths))
+    for path, (tensors, _) in zip(paths, headers, strict=True):
         for info in tensors.values():
             if info.name in found:
                 raise VerifyError(f"tensor {info.name} stands in both {found[info.name].file} and {path}")
@@ -184,7 +202,7 @@ def _check_tensors(folder: str, rows: Mapping[str, Any], found: Mapping[str, Ten
 
 def _check_index(folder: str, manifest: Mapping[str, Any]) -> None:
     path = os.path.join(folder, INDEX_NAME)
-    if len(manifest["files"]) == 1 and not os.path.exists(path):
+    if len(manifest["files"]) == 1 and not _or_verify_error(lambda: exists(path)):
         return
     weight_map = _or_verify_error(lambda: read_json(path)).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -255,16 +273,16 @@ class _Reader:
 
 def _read_small_files(folder: str) -> dict[str, Any] | None:
     """Parse every JSON file beside the weights; return config.json, or None."""
-    for name in sorted(os.listdir(folder)):
+    names = [entry.name for entry in _or_verify_error(lambda: entries(folder))]
+    for name in names:
         if name.endswith(".json"):
             path = os.path.join(folder, name)
             try:
-                with open(path, encoding="utf-8") as file:
-                    json.load(file)
+                json.loads(read_bytes(path).decode("utf-8"))
             except (OSError, ValueError) as error:
                 raise VerifyError(f"{path} cannot be read as JSON: {error}") from error
     path = os.path.join(folder, "config.json")
-    return _or_verify_error(lambda: read_json(path)) if os.path.exists(path) else None
+    return _or_verify_error(lambda: read_json(path)) if "config.json" in names else None
 
 
 def _remarks(folder: str, load: LoadCheck | None) -> Iterator[str]:
