@@ -20,6 +20,8 @@ from raymerge.merge_actors.checkpoint.header import TensorInfo, read_header
 from raymerge.merge_actors.errors import CheckpointError, MismatchError, OutputError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
+from raymerge.merge_actors.storage.folders import exists, map_concurrently, read_bytes
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +137,7 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
     Raises:
         CheckpointError: it is absent, unfinished, or its files do not fit the manifest.
     """
-    folder = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    folder = absolute(os.fspath(path))
     manifest = _read_manifest(folder)
     kind: StatisticsKind = manifest["kind"]
     modules = read_modules(folder, manifest["files"], manifest["modules"], kind)
@@ -162,8 +164,9 @@ def read_modules(
         CheckpointError: no file holds what an entry names, or it has another shape.
     """
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors |= read_header(os.path.join(folder, file))[0]
+    paths = [os.path.join(folder, file) for file in files]
+    for found, _ in map_concurrently(read_header, paths, paths):
+        tensors |= found
     modules = {}
     for name, entry in entries.items():
         key = entry["gram" if kind == "gram" else "fisher"]
@@ -179,10 +182,11 @@ def read_modules(
 def _read_manifest(folder: str) -> dict[str, Any]:
     place = os.path.join(folder, MANIFEST)
     try:
-        with open(place, encoding="utf-8") as stream:
-            manifest = json.load(stream)
+        if is_remote(place) and not exists(place):
+            raise FileNotFoundError(place)
+        manifest = json.loads(read_bytes(place).decode("utf-8"))
     except FileNotFoundError:
-        reason = "has no " + MANIFEST if os.path.isdir(folder) else "does not exist"
+        reason = "has no " + MANIFEST if exists(folder) else "does not exist"
         raise CheckpointError(
             f"the statistics folder {folder} {reason}; make it with `raymerge stats`."
         ) from None
