@@ -16,7 +16,9 @@ from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import torch_dtype
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.merge_actors.files import RangeRead
 from raymerge.merge_actors.storage.storage_files import StorageFiles
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.weight_names import tensor_names
 
 if TYPE_CHECKING:
@@ -58,14 +60,49 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     """
     dtype = compute_dtype(checkpoint, device)
     try:
-        with _BUILDING, _quiet():
-            model = model_class(checkpoint.config).from_pretrained(
-                checkpoint.folder, torch_dtype=dtype, local_files_only=True
-            )
+        if any(is_remote(tensor.file) for tensor in checkpoint.tensors.values()):
+            model = _load_remote(checkpoint, dtype)
+        else:
+            with _BUILDING, _quiet():
+                model = model_class(checkpoint.config).from_pretrained(
+                    checkpoint.folder, torch_dtype=dtype, local_files_only=True
+                )
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load the model {checkpoint.path}: {reason}") from error
     return prepared(model).to(device)
+
+
+def _load_remote(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Load a model whose weights transformers cannot open itself: they are read by range and handed over."""
+    import torch
+    from transformers import AutoConfig
+
+    raw = {
+        name: torch.empty(tensor.num_bytes, dtype=torch.uint8) for name, tensor in checkpoint.tensors.items()
+    }
+    files = StorageFiles()
+    try:
+        files.read_many(
+            [
+                RangeRead(tensor.file, tensor.begin, raw[name].numpy().data)
+                for name, tensor in checkpoint.tensors.items()
+            ]
+        )
+    finally:
+        files.close()
+    values = {
+        name: raw[name].view(torch_dtype(tensor.dtype)).view(tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    chosen = model_class(checkpoint.config)
+    with _quiet():
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    if hasattr(chosen, "from_config"):  # an Auto class takes a folder only
+        with _quiet(), building_without_weights():
+            chosen = type(chosen.from_config(config))
+    with _BUILDING, _quiet():
+        return chosen.from_pretrained(None, config=config, state_dict=values, torch_dtype=dtype)
 
 
 @contextlib.contextmanager
