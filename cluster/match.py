@@ -230,21 +230,20 @@ class _Matcher:
         """Treat a tensor that is not merged by statistics: excluded, not measured, or not measurable."""
         kind = self.method.statistic
         weights = [model["weight"] for model in settings.models]
-        lacking = [
-            use.model.key
-            for use, name in zip(layers.sources, place.source_names[-len(layers.sources) :], strict=True)
-            if self._is_expected(use, name)
-        ]
-        if not (excluded or lacking):
+        names = place.source_names[-len(layers.sources) :]
+        is_expected = any(map(self._is_expected, layers.sources, names))
+        if not (excluded or is_expected):
             note = f"averaged, no {kind} statistics for it"
             self._note(note, place.name)
             return self._average(place.name, models, note, weights)
         why = "excluded" if excluded else f"no {kind} statistics"
-        coverage: Literal["excluded", "fallback"] = "excluded" if excluded else "fallback"
+        coverage: Literal["", "excluded", "fallback"] = "excluded" if excluded else "fallback"
+        coverage = coverage if is_expected else ""
         policy = self.recipe.fallback
         if policy == "error" and not excluded:
+            lacking = dict.fromkeys(each.model for each in models if each.statistic is None)
             raise MismatchError(
-                f"the linear map {place.name} has no {kind} statistics of {', '.join(lacking)}; measure more data, or "
+                f"tensor {place.name} has no {kind} statistics of {', '.join(lacking)}; measure more data, or "
                 f"set exclude: {place.name}, or fallback: mean, base, first or {{model: MODEL}}"
             )
         if policy in ("mean", "error"):

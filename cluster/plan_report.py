@@ -17,6 +17,7 @@ from raymerge.cluster.campaign import (
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan
 from raymerge.cluster.progress import gib
+from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import describe_missing
 from raymerge.merge_actors.methods import METHODS
 
@@ -43,7 +44,9 @@ def plan_report(
     wave = plan_wave(ordered[0], {recipe.name: f"OUT/{recipe.name}" for recipe in read}, options, {})
     return {
         **_figures(wave.plan),
-        "recipes": [_recipe_report(plan) for plan in wave.plan.recipes],
+        "recipes": [
+            _recipe_report(plan, is_waiting=_is_waiting(plan.recipe, wave)) for plan in wave.plan.recipes
+        ],
         "inputs": _inputs(wave),
         "to_measure": [describe_missing(each, wave.models[each.key]) for each in wave.missing],
         "later": [recipe.name for later in ordered[1:] for recipe in later],
@@ -79,6 +82,9 @@ def plan_text(report: dict[str, Any]) -> str:
             f"{gib(recipe['write_bytes'])} in {recipe['num_files']} files"
         )
         lines += _coverage_text(recipe)
+        if recipe["is_waiting"]:
+            lines.append("  what becomes of each tensor is known when its models are measured")
+            continue
         counts = Counter((row["treatment"], row["dtype"]) for row in recipe["tensors"])
         lines += [
             f"  {count:>7,} x {treatment} -> {dtype}" for (treatment, dtype), count in counts.most_common()
@@ -137,13 +143,21 @@ def _figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _recipe_report(plan: RecipePlan) -> dict[str, Any]:
+def _is_waiting(recipe: Recipe, wave: PlannedWave) -> bool:
+    """Return whether a recipe's models have to be measured before it can be planned for good."""
+    missing = {(each.key, each.data) for each in wave.missing}
+    uses = [use for _, layers in recipe.slices() for use in layers.sources]
+    return any((use.model.key, use.data) in missing for use in uses)
+
+
+def _recipe_report(plan: RecipePlan, *, is_waiting: bool) -> dict[str, Any]:
     return {
         "name": plan.recipe.name,
         "method": plan.recipe.merge_method,
         "write_bytes": plan.layout.num_bytes,
         "num_files": len(plan.layout.files),
-        **_coverage(plan),
+        "is_waiting": is_waiting,
+        **({} if is_waiting else _coverage(plan)),
         "tensors": [
             {
                 "name": tensor.name,

@@ -134,6 +134,7 @@ def test_a_plan_measures_nothing(
     text = plan_text(report)
     tokens = report["to_measure"][0]["num_tokens"]
     assert f"to measure {models[0]}: gram statistics on {texts}, 20 rows, {tokens:,} tokens" in text
+    assert "what becomes of each tensor is known when its models are measured" in text
     assert measured_models == [] and not cache.exists()
     raymerge.merge(asked, tmp_path / "out", in_process=True, workers=1)
     manifest = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
