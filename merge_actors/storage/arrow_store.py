@@ -55,8 +55,10 @@ class ArrowStore:
         """Return what is in a folder."""
         from pyarrow.fs import FileSelector
 
-        found = self._reading.get_file_info(FileSelector(_path(uri), allow_not_found=True))
-        return [_entry(info) for info in found]
+        try:  # not `allow_not_found`: that hides the absence of the bucket
+            return [_entry(info) for info in self._reading.get_file_info(FileSelector(_path(uri)))]
+        except FileNotFoundError:
+            return []
 
     def open(self, uri: str) -> ArrowReader:
         """Open an object for reading."""
@@ -73,14 +75,14 @@ class ArrowStore:
                 num_bytes += len(block)
                 if number % blocks_in_flight == 0:
                     stream.flush()  # waits for the parts under way, each of which the client has a copy of
-            stream.close()
         except BaseException:
-            # pyarrow completes an upload when its stream goes, whatever it holds by then.
+            # pyarrow completes an upload when its stream goes, whatever it holds by then. If a part
+            # has failed it cannot, and nothing is there.
             with contextlib.suppress(Exception):
                 stream.close()
-            with contextlib.suppress(Exception):
                 self._writing.delete_file(path)
             raise
+        stream.close()
         found = self.entry(uri)
         if found is None or found.num_bytes != num_bytes:
             with contextlib.suppress(Exception):

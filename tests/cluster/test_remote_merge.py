@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from object_store import BUCKET, ObjectStore
+from safetensors.torch import save_file
 
 import raymerge
 from raymerge.cluster import merge as merge_module
 from raymerge.cluster.merge import MergeResult, merge
 from raymerge.cluster.options import MergeOptions
+from raymerge.merge_actors.errors import VerifyError
 
 OPTIONS = {"in_process": True, "workers": 2, "out_shard_size": "40KB"}
 
@@ -25,11 +28,15 @@ def family(
     """Return a family on disk, the URIs of its members by name, and a prefix of this test alone."""
     found = tiny_checkpoints("llama", sharded=True)
     prefix = request.node.name.replace("[", "-").replace("]", "")
-    uris = {path.name: object_store.put(path, f"{prefix}/{path.name}") for path in (found.base, *found.models)}
+    uris = {
+        path.name: object_store.put(path, f"{prefix}/{path.name}") for path in (found.base, *found.models)
+    }
     return found, uris, prefix
 
 
-def recipe_of(base: Any, models: list[Any], method: str = "task_arithmetic", **parameters: Any) -> dict[str, Any]:
+def recipe_of(
+    base: Any, models: list[Any], method: str = "task_arithmetic", **parameters: Any
+) -> dict[str, Any]:
     return {
         "merge_method": method,
         "base_model": str(base),
@@ -67,7 +74,7 @@ def test_same_bytes_from_and_to_a_store(family: Any, object_store: ObjectStore, 
     assert in_store(object_store, f"{prefix}/out") == expected
     there = {key.rpartition("/")[2] for key in object_store.keys(f"{prefix}/out/")}
     assert there == {path.name for path in Path(local.outputs[0]).iterdir()}
-    assert object_store.unfinished_uploads() == 0
+    assert object_store.unfinished_uploads(f"{prefix}/") == 0
     assert not object_store.keys(f"{prefix}/.out.raymerge/")
 
 
@@ -78,3 +85,84 @@ def test_mixed_places(family: Any, object_store: ObjectStore, tmp_path: Path) ->
     run(recipe_of(uris["base"], [found.models[0]]), f"s3://{BUCKET}/{prefix}/out")
     expected = on_disk(Path(local.outputs[0]))
     assert on_disk(tmp_path / "to-disk") == expected == in_store(object_store, f"{prefix}/out")
+
+
+def test_each_source_byte_is_fetched_once(
+    family: Any, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recipes over the same models, some tensors cut into slices: counted by the server and by us."""
+    found, uris, prefix = family
+
+    def count_from_here(*arguments: Any) -> list[str]:
+        object_store.forget()  # headers and samples are planning's
+        return []
+
+    monkeypatch.setattr(merge_module, "quick_check", count_from_here)
+    recipes = [
+        {**recipe_of(uris["base"], [uris["first"], uris["second"]], method), "name": method}
+        for method in ("task_arithmetic", "linear")
+    ]
+    result = merge(recipes, f"s3://{BUCKET}/{prefix}/out", MergeOptions(**OPTIONS))
+    fetched = object_store.fetched(r"\.safetensors$")
+    assert all(
+        end <= begin for (key, _, end), (other, begin, _) in itertools.pairwise(fetched) if key == other
+    )
+    num_bytes = sum(end - begin for _, begin, end in fetched)
+    checkpoints = [raymerge.inspect([str(path)]).models[0] for path in (found.base, *found.models[:2])]
+    assert num_bytes == result.totals.fetched_bytes == sum(each.num_bytes for each in checkpoints)
+
+
+def test_stage_fetches_once_what_is_measured_first(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TIES looks at a tensor that was cut several times; the node's copy answers all but the first."""
+    generator = torch.Generator().manual_seed(5)
+    uris, folders = [], []
+    for name in ("base", "one", "two"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        tensors = {
+            "wide": torch.randn(1024, 640, generator=generator),
+            "small": torch.randn(40, generator=generator),
+        }
+        save_file(tensors, folders[-1] / "model.safetensors")
+        uris.append(object_store.put(folders[-1], f"stage/{name}"))
+    monkeypatch.setattr(merge_module, "quick_check", lambda *arguments: object_store.forget() or [])
+    options = {"slice_mib": 1, "out_shard_size": "5GB"}
+    local = run(recipe_of(folders[0], folders[1:], "ties", density=0.4), tmp_path / "local", **options)
+    recipe = recipe_of(uris[0], uris[1:], "ties", density=0.4)
+    run(recipe, tmp_path / "plain", **options)
+    measured_again = object_store.fetched(r"safetensors$")
+    run(recipe, tmp_path / "staged", stage=str(tmp_path / "stage"), **options)
+    fetched = object_store.fetched(r"safetensors$")
+    sizes = [
+        (f"stage/{folder.name}/model.safetensors", 0, (folder / "model.safetensors").stat().st_size)
+        for folder in folders
+    ]
+    assert fetched == sizes
+    assert sum(end - begin for _, begin, end in measured_again) > 2 * sum(size for _, _, size in sizes)
+    run(recipe, tmp_path / "again", stage=str(tmp_path / "stage"), **options)  # what is staged stays
+    assert not object_store.fetched(r"safetensors$")
+    expected = on_disk(Path(local.outputs[0]))
+    assert all(on_disk(tmp_path / name) == expected for name in ("plain", "staged", "again"))
+
+
+def test_verify_and_inspect_and_plan_take_uris(
+    family: Any, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    found, uris, prefix = family
+    recipe = recipe_of(uris["base"], [uris["first"]])
+    out = f"s3://{BUCKET}/{prefix}/out"
+    run(recipe, out)
+    verified = raymerge.verify(out).outputs[0]
+    assert verified.load is not None
+    assert verified.load.how == "loaded" and not verified.load.missing_keys
+    assert any("without the values" in remark for remark in verified.remarks)
+    assert raymerge.inspect([out], base=str(found.base)).comparisons[0].model == out
+    assert raymerge.plan(recipe)["recipes"][0]["num_files"] == 1
+    name = next(key for key in object_store.keys(f"{prefix}/out/") if key.endswith(".safetensors"))
+    data = bytearray(object_store.get(name))
+    data[-1] ^= 1
+    object_store.put_bytes(name, bytes(data))
+    with pytest.raises(VerifyError, match="the file has changed since it was written"):
+        raymerge.verify(out)

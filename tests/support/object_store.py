@@ -60,11 +60,15 @@ class ObjectStore:
     faults: list[Fault] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, kind: Kind, pattern: str = "", *, method: str = "GET", query: str = "", times: int = 1) -> Fault:
+    def fail(
+        self, kind: Kind, pattern: str = "", *, method: str = "GET", query: str = "", times: int = 1
+    ) -> Fault:
         """Break the next requests whose key and query match."""
 
         def matches(its_method: str, key: str, its_query: str) -> bool:
-            return its_method == method and bool(re.search(pattern, key)) and bool(re.search(query, its_query))
+            return (
+                its_method == method and bool(re.search(pattern, key)) and bool(re.search(query, its_query))
+            )
 
         fault = Fault(kind, matches, times)
         with self.lock:
@@ -107,9 +111,9 @@ class ObjectStore:
         _, data = self._call("GET", f"/{BUCKET}?list-type=2&prefix={prefix}")
         return [key for key in re.findall(r"<Key>(.*?)</Key>", data.decode()) if not key.endswith("/")]
 
-    def unfinished_uploads(self) -> int:
-        """Count the multipart uploads that were neither completed nor aborted."""
-        return self._call("GET", f"/{BUCKET}?uploads")[1].count(b"<UploadId>")
+    def unfinished_uploads(self, prefix: str) -> int:
+        """Count the multipart uploads under a prefix that were neither completed nor aborted."""
+        return self._call("GET", f"/{BUCKET}?uploads")[1].decode().count(f"<Key>{prefix}")
 
     def _call(self, method: str, path: str, data: bytes | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -194,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault(key, query)
         if fault in ("503", "500", "403"):
             code = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied"}[fault]
-            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
+            text = (
+                f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
+            )
             self._answer(int(fault), {"Content-Type": "application/xml"}, text)
             return
         if fault == "drop":
@@ -215,7 +221,6 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self._answer(response.status, headers, data, cut_at=len(data) // 2)
             return
-        self._answer(response.status, headers, data)
         found = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range") or "")
         request = Request(
             method=self.command,
@@ -227,9 +232,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers=dict(self.headers),
         )
         with self.server.store.lock:
-            self.server.store.requests.append(request)
+            self.server.store.requests.append(request)  # before the client can go on
+        self._answer(response.status, headers, data)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle  # noqa: N815
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
     def _body(self) -> bytes:
         if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
