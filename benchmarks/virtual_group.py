@@ -105,6 +105,9 @@ class VirtualGroup:
                 return [Done(number, instruction, _report(instruction))]
         return []
 
+    def abandon(self, worker: int) -> None:
+        """Give up what a worker does; no time passes."""
+
     def close(self) -> None:
         """End; nothing has to be stopped."""
 

@@ -4,7 +4,8 @@ Written as if there were one worker. Phases: a state that the driver must gather
 in rounds of measure tasks (a few tensors at a time, so that their slices are still in the page
 cache when they are merged); a merge task is ready when its states are known; each worker has a
 few instructions in flight. Instructions of a worker that died go back to the front of the
-queue. Nothing here touches a tensor or a file but the journal.
+queue; when the queue is empty, idle workers are given the tasks of slow ones as well. Nothing
+here touches a tensor or a file but the journal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from raymerge.cluster.in_flight import InFlight
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.plan import Plan, StatePlan
 from raymerge.cluster.worker_group import (
@@ -69,6 +71,8 @@ class Totals:
     merge_seconds: float = 0.0
     write_seconds: float = 0.0
     num_retries: int = 0
+    num_speculated: int = 0
+    """Tasks that were given to a second worker because the first was slow."""
     fetched_bytes: int = 0
     """Bytes that came from object stores."""
 
@@ -84,6 +88,7 @@ class Totals:
             write_seconds=self.write_seconds
             + (report.write_seconds if isinstance(report, TaskReport) else 0.0),
             num_retries=self.num_retries,
+            num_speculated=self.num_speculated,
             fetched_bytes=self.fetched_bytes + report.fetched_bytes,
         )
 
@@ -102,6 +107,7 @@ class Controller:
         group: WorkerGroup,
         journal: Journal,
         on_progress: Callable[[Totals], None] = lambda totals: None,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
         self.totals = Totals()
@@ -117,6 +123,10 @@ class Controller:
         self._gathering: dict[int, _Gathering] = {}
         self._urgent: deque[Instruction] = deque()
         self._load: dict[int, int] = {}
+        self._tasks = {task.number: task for task in self._waiting}
+        #: numbers of the tasks that are not done
+        self._unfinished = set(self._tasks)
+        self._in_flight = in_flight or InFlight()
         self._attempts: dict[tuple[int, str, int], int] = {}
 
     def run(self) -> Totals:
@@ -126,11 +136,13 @@ class Controller:
             RaymergeError: what a worker raised for the user; nothing is committed then.
             ClusterError: workers were lost too often.
         """
-        while self._waiting or self._aside or self._urgent or any(self._load.values()):
+        while self._unfinished:
             self._hand_out()
             for event in self._group.wait(_WAIT_SECONDS):
                 self._take_in(event)
             self._on_progress(self.totals)
+        for worker in sorted(self._in_flight.workers()):  # still busy with what another has done by now
+            self._group.abandon(worker)
         return self.totals
 
     def _hand_out(self) -> None:
@@ -139,13 +151,27 @@ class Controller:
         heapq.heapify(idle)
         while idle and idle[0][0] < DEPTH:
             load, worker = heapq.heappop(idle)
-            instruction = self._next()
+            instruction = self._next() or self._again(worker, load)
             if instruction is None:
+                if load == 0:
+                    continue  # what is overdue with this worker may be done by the next
                 return
             needed = () if isinstance(instruction, MeasureTask) else instruction.states
             self._group.submit(worker, instruction, {state: self._states[state] for state in needed})
+            if not isinstance(instruction, MeasureTask):
+                self._in_flight.begin(instruction.number, worker)
             self._load[worker] = load + 1
             heapq.heappush(idle, (load + 1, worker))
+
+    def _again(self, worker: int, load: int) -> Instruction | None:
+        """Return a task of a slow worker for one that has nothing to do, when nothing else is left."""
+        if load or self._waiting or self._aside or self._gathering:
+            return None
+        number = self._in_flight.overdue(worker)
+        if number is None or isinstance(self._tasks[number], FileTask):
+            return None  # whole files are staged on a node's disk: a second upload would only compete
+        self.totals = dataclasses.replace(self.totals, num_speculated=self.totals.num_speculated + 1)
+        return self._tasks[number]
 
     def _next(self) -> Instruction | None:
         """Return what to do next: what was lost or asked first, then the first ready merge task.
@@ -215,6 +241,10 @@ class Controller:
             self._retry(event)
             return
         self._load[event.worker] = self._load.get(event.worker, 1) - 1
+        if not isinstance(event.instruction, MeasureTask):
+            self._in_flight.end(event.instruction.number, event.worker)
+            if event.instruction.number in self._journal.done:
+                return  # another worker was faster
         if isinstance(event, Failed):
             raise event.error
         self._finish(event)
@@ -224,6 +254,7 @@ class Controller:
         self.totals = self.totals.plus(report)
         if isinstance(report, TaskReport):
             self._journal.add(report)
+            self._unfinished.discard(report.number)
             assert not isinstance(done.instruction, MeasureTask)
             for state in done.instruction.states:
                 self._needed[state] -= 1
@@ -243,6 +274,10 @@ class Controller:
 
     def _retry(self, lost: Lost) -> None:
         for instruction in lost.instructions:
+            if not isinstance(instruction, MeasureTask):
+                is_elsewhere = self._in_flight.lose(instruction.number, lost.worker)
+                if is_elsewhere or instruction.number in self._journal.done:
+                    continue
             key = _identity(instruction)
             self._attempts[key] = self._attempts.get(key, 1) + 1
             if self._attempts[key] > MOST_ATTEMPTS:

@@ -83,6 +83,9 @@ class ResidentGroup:
         concurrent.futures.wait(self._in_flight)
         self._in_flight.clear()
 
+    def abandon(self, worker: int) -> None:
+        """Leave a thread to its end; every task here is its own."""
+
     def close(self) -> None:
         """End the threads and close files."""
         self.drop()

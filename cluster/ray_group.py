@@ -121,6 +121,15 @@ class RayGroup:
                 events += self._finished(reference)
         return events
 
+    def abandon(self, worker: int) -> None:
+        """Kill an actor that is too slow to be waited for; the next start replaces it."""
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+        self._in_flight = {
+            reference: entry for reference, entry in self._in_flight.items() if entry[0] != worker
+        }
+
     def close(self) -> None:
         """Kill every actor."""
         for actor in [*self._actors.values(), *(actor for _, actor in self._starting.values())]:

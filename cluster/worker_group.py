@@ -77,6 +77,9 @@ class WorkerGroup(Protocol):
     def wait(self, timeout_seconds: float) -> list[Event]:
         """Return what happened, at the latest after the time-out; an instruction has one event."""
 
+    def abandon(self, worker: int) -> None:
+        """Give up what a worker is doing: the run is over, and another has done it."""
+
     def close(self) -> None:
         """Stop the workers; instructions under way are given up."""
 
@@ -120,6 +123,9 @@ class InProcessGroup:
         while not self._events.empty():
             events.append(self._events.get())
         return events
+
+    def abandon(self, worker: int) -> None:
+        """Leave a thread to its end, which the next start waits for: it writes what is there already."""
 
     def close(self) -> None:
         """Drop what is queued, let what is under way end, close files."""

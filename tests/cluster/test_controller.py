@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from raymerge.cluster.campaign import plan_wave
 from raymerge.cluster.controller import MOST_ATTEMPTS, Controller
+from raymerge.cluster.in_flight import LEAST_SECONDS, InFlight
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, make_plan
@@ -79,6 +80,9 @@ class ScriptedGroup:
             self.alive.append(1 + max([worker, *self.alive]))
             return [Lost(worker, tuple(lost), fate)]
         return [Done(worker, instruction, self.answer(instruction, states))]
+
+    def abandon(self, worker: int) -> None:
+        raise AssertionError("nothing is left under way")
 
     def close(self) -> None:
         raise AssertionError("the controller does not own the group")
@@ -425,3 +429,75 @@ def test_many_waiting_tasks_are_not_searched_again_and_again(tmp_path: Path) -> 
     controller._states = Counting()
     controller.run()
     assert looks < 12 * len(plan.tasks)
+
+
+class SlowGroup(ScriptedGroup):
+    """Workers of which some do not answer; a wait without an answer lets a second pass."""
+
+    def __init__(self, num_workers: int, slow: set[int], **options: Any) -> None:
+        super().__init__(num_workers, done_at_once, **options)
+        self.slow, self.seconds, self.abandoned = slow, 0.0, list[int]()
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        ready = [at for at, entry in enumerate(self.in_flight) if entry[0] not in self.slow]
+        if not ready:
+            self.seconds += 1.0
+            return []
+        self.in_flight.insert(0, self.in_flight.pop(ready[0]))
+        return super().wait(timeout_seconds)
+
+    def abandon(self, worker: int) -> None:
+        self.abandoned.append(worker)
+
+
+def test_tasks_of_a_slow_worker_are_given_to_an_idle_one_and_the_first_result_counts(tmp_path: Path) -> None:
+    group = SlowGroup(2, slow={1})
+    journal = journal_of(tmp_path)
+    in_flight = InFlight(clock=lambda: group.seconds)
+    totals = Controller(linear_plan(tmp_path, 9), group, journal, in_flight=in_flight).run()
+    assert sorted(journal.done) == list(range(9))
+    slow = {instruction.number for worker, instruction in group.log if worker == 1}
+    assert len(slow) == DEPTH
+    assert totals.num_speculated == len(slow)
+    assert totals.num_tasks == 9
+    assert LEAST_SECONDS < group.seconds < LEAST_SECONDS + 3
+    assert group.abandoned == [1]
+
+
+def test_nothing_is_speculated_while_there_is_other_work_or_time(tmp_path: Path) -> None:
+    group = ScriptedGroup(3, done_at_once)
+    clock = iter(range(1000))
+    totals = Controller(
+        linear_plan(tmp_path, 9),
+        group,
+        journal_of(tmp_path),
+        in_flight=InFlight(clock=lambda: next(clock) * 1e-3),
+    ).run()
+    assert totals.num_speculated == 0
+    assert sorted(group.merges()) == list(range(9))
+
+
+def test_a_late_answer_or_error_of_the_slow_worker_changes_nothing(tmp_path: Path) -> None:
+    """The slow worker wakes up when its first task is done elsewhere, and reports an error for it."""
+    plan = linear_plan(tmp_path, 4)
+
+    def fate(task: Instruction, worker: int) -> Fate:
+        if worker == 0 and task.number in slow_tasks:
+            group.slow.clear()
+        return NotFiniteError("late") if worker == 1 and task.number in journal.done else None
+
+    group = SlowGroup(2, slow={1}, fate=fate)
+    slow_tasks = {1, 3}
+    journal = journal_of(tmp_path)
+    Controller(plan, group, journal, in_flight=InFlight(clock=lambda: group.seconds)).run()
+    assert sorted(journal.done) == list(range(4))
+
+
+def test_the_death_of_a_slow_worker_repeats_nothing_that_another_has_taken_over(tmp_path: Path) -> None:
+    group = SlowGroup(2, slow={1})
+    in_flight = InFlight(clock=lambda: group.seconds)
+    in_flight.begin(5, 1)
+    in_flight.begin(5, 0)
+    assert in_flight.lose(5, 1)
+    assert not in_flight.lose(5, 0)
+    assert in_flight.overdue(0) is None

@@ -1,0 +1,66 @@
+"""Which worker has which task since when, and which task is worth giving to a second worker.
+
+Near the end of a run, when there is nothing left to hand out, a task of a slow worker is given to an idle one as well.
+The first result counts; both write the same bytes to the same place.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+#: A task is overdue when it has taken so many times as long as tasks do ...
+_TIMES_AS_LONG = 2.0
+#: ... and at least this many seconds: less is not worth reading the inputs twice.
+LEAST_SECONDS = 3.0
+
+
+class InFlight:
+    """Tasks under way, by number."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        #: number -> worker -> when the task was handed to it
+        self._began: dict[int, dict[int, float]] = {}
+        self._done: set[int] = set()
+        self._durations: list[float] = []
+
+    def begin(self, number: int, worker: int) -> None:
+        """Note that a worker was given a task."""
+        self._began.setdefault(number, {})[worker] = self._clock()
+
+    def end(self, number: int, worker: int) -> None:
+        """Note that a worker has answered."""
+        self._done.add(number)
+        holders = self._began.get(number, {})
+        if worker in holders:
+            self._durations.append(self._clock() - holders.pop(worker))
+        if not holders:
+            self._began.pop(number, None)
+
+    def lose(self, number: int, worker: int) -> bool:
+        """Note that a worker died with a task; return whether another worker still has it."""
+        holders = self._began.get(number, {})
+        holders.pop(worker, None)
+        if not holders:
+            self._began.pop(number, None)
+        return bool(holders)
+
+    def workers(self) -> set[int]:
+        """Return the workers that have a task."""
+        return {worker for holders in self._began.values() for worker in holders}
+
+    def overdue(self, worker: int) -> int | None:
+        """Return the task that has been with one other worker for longest, if that is too long."""
+        now = self._clock()
+        alone = {
+            number: next(iter(holders.values()))
+            for number, holders in self._began.items()
+            if number not in self._done and len(holders) == 1 and worker not in holders
+        }
+        if not alone or not self._durations:
+            return None
+        number = min(alone, key=lambda each: (alone[each], each))
+        limit = max(LEAST_SECONDS, _TIMES_AS_LONG * statistics.median(self._durations))
+        return number if now - alone[number] > limit else None
