@@ -67,7 +67,7 @@ def _sums_by_place(
     return {
         (module.tensor.file, module.tensor.begin): module.sum_squares
         for measurement in used
-        if measurement in statistics
+        if measurement is not None and measurement in statistics
         for module in statistics[measurement].modules.values()
     }
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +44,17 @@ class Journal:
         return journal
 
     @classmethod
-    def resume(cls, path: str, plan_fingerprint: str) -> Journal:
+    def resume(cls, path: str, plan_fingerprint: str, made_by: Mapping[str, str] | None = None) -> Journal:
         """Read a journal and go on writing it.
 
+        Args:
+            path: of the journal.
+            plan_fingerprint: of this run's plan.
+            made_by: device and versions of this run, by name; those of the journal must be the same,
+                for one output is not made of parts that round differently.
+
         Raises:
-            OutputError: it belongs to another plan.
+            OutputError: it belongs to another plan, or was made on another kind of device or with another version.
         """
         header, reports = read_journal(path)
         if header.get("plan") != plan_fingerprint:
@@ -56,6 +63,13 @@ class Journal:
                 "models, dtype, seed, slice or shard size); run with the same ones to resume, or with --overwrite "
                 "to start anew"
             )
+        for name, value in (made_by or {}).items():
+            earlier = header.get("made_by", {}).get(name, value)
+            if earlier != value:
+                raise OutputError(
+                    f"the unfinished run in {os.path.dirname(path)} was made with {name} {earlier}, this one has "
+                    f"{value}, which may round differently; go on with the same, or start anew with --overwrite"
+                )
         journal = cls(path, plan_fingerprint, {report.number: report for report in reports})
         if header.get("boot") != boot_id() and not is_remote(path):
             journal.done.clear()  # the machine went down: what was written may not have reached the disk

@@ -57,7 +57,7 @@ def make_manifest(
         "format_version": FORMAT_VERSION,
         "recipe": plan.recipe.to_mapping(),
         "seed": plan.recipe.seed,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(*_PACKAGES)},
         "inputs": {
             key: {
                 "fingerprint": model.checkpoint.fingerprint,
@@ -131,9 +131,10 @@ def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dic
     return row
 
 
-def _versions() -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of some packages; what is not installed is left out."""
     found = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

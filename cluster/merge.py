@@ -25,7 +25,7 @@ from raymerge.cluster.connect import Placement, connected
 from raymerge.cluster.controller import Controller, Totals
 from raymerge.cluster.inspect import quick_check
 from raymerge.cluster.journal import Journal
-from raymerge.cluster.manifest import make_manifest, write_manifest
+from raymerge.cluster.manifest import make_manifest, versions, write_manifest
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
@@ -203,7 +203,7 @@ class _Run:
 
     def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
-        journal = self._open_journal(number, wave)
+        journal = self._open_journal(number, wave, placement)
         if is_sequential(plan.recipes[0].recipe):
             self._run_layer_by_layer(number, wave, journal, group, placement)
             return
@@ -280,16 +280,17 @@ class _Run:
         }
         self._finish_outputs(merged, journal, figures)
 
-    def _open_journal(self, number: int, wave: PlannedWave) -> Journal:
+    def _open_journal(self, number: int, wave: PlannedWave, placement: Placement) -> Journal:
         """Go on with the journal of an unfinished run, or make room and begin a new one."""
         path = self.folder.journal_path + (f".{number}" if number else "")
+        made_by = {"device": placement.device, **versions("raymerge", "torch")}
         has_files = is_remote(path) or all(os.path.isdir(recipe.folder) for recipe in wave.plan.recipes)
         if self.options.resume and self.folder.has_journal(path) and has_files:
-            return Journal.resume(path, wave.fingerprint)
+            return Journal.resume(path, wave.fingerprint, made_by)
         self.folder.check_space(wave.plan.write_bytes)
         for recipe in wave.plan.recipes:
             self.folder.preallocate(recipe.folder, recipe.layout)
-        header = {"num_tasks": len(wave.plan.tasks), "overwrite": self.options.overwrite}
+        header = {"num_tasks": len(wave.plan.tasks), "overwrite": self.options.overwrite, "made_by": made_by}
         return Journal.create(path, wave.fingerprint, header)
 
     def _write_metadata(self, wave: PlannedWave) -> None:

@@ -129,7 +129,8 @@ class ActivationWorker:
         for part in parts:
             stored_P = part.float().cpu().reshape(-1)
             # numpy adds in one order, whatever the number of threads.
-            for chunk_P in stored_P.split(_SUMMED_ELEMENTS):
+            for begin in range(0, stored_P.numel(), _SUMMED_ELEMENTS):
+                chunk_P = stored_P[begin : begin + _SUMMED_ELEMENTS]
                 sums.append(float(np.square(chunk_P.double().numpy()).sum()))
             yield stored_P
         self._sum_squares[key] = math.fsum(sums)

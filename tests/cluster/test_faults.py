@@ -650,6 +650,18 @@ def _report(number: int) -> TaskReport:
     )
 
 
+def test_a_journal_of_another_device_or_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal.create(str(path), "plan", {"made_by": {"device": "cuda", "torch": "2.1"}}).close()
+    with pytest.raises(OutputError, match="was made with device cuda, this one has cpu, which may round"):
+        Journal.resume(str(path), "plan", {"device": "cpu", "torch": "2.1"})
+    with pytest.raises(OutputError, match=r"torch 2\.1, this one has 2\.2"):
+        Journal.resume(str(path), "plan", {"device": "cuda", "torch": "2.2"})
+    resumed = Journal.resume(str(path), "plan", {"device": "cuda", "torch": "2.1"})
+    resumed.close()
+    assert not resumed.done
+
+
 @pytest.mark.parametrize("cut", [2, 5, 40, 100])
 def test_journal_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal.jsonl"
