@@ -19,11 +19,20 @@ _DATA_OPTIONS = {
     "text_pair_column": "text_pair_column",
     "label_column": "label_column",
     "samples": "samples",
+    "samples_at": "samples_at",
     "max_length": "max_length",
     "batch_tokens": "batch_tokens",
     "chat_template": "chat_template",
     "packed": "packed",
 }
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Read numbers between commas."""
+    try:
+        return tuple(int(part) for part in (value or "").split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 100,200,400.") from None
 
 
 @click.command(
@@ -49,6 +58,12 @@ _DATA_OPTIONS = {
 )
 @click.option("--label-column", help="Column of the label, for empirical Fisher.")
 @click.option("--samples", type=int, help="Rows to take, always the same ones [default: all].")
+@click.option(
+    "--samples-at",
+    help="Numbers of samples, 100,200,400: keep the Gram matrices at each, from one pass.",
+    metavar="N,N,...",
+    callback=_numbers,
+)
 @click.option(
     "--max-length", type=int, help="Tokens of an example [default: the model's limit, at most 512]."
 )

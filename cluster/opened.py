@@ -33,7 +33,7 @@ class OpenedInputs:
     checkpoints: dict[Place, Checkpoint] = field(default_factory=dict)
     adapters: dict[tuple[Place, Place], Adapter] = field(default_factory=dict)
     """By the adapter's place and that of the model it belongs to."""
-    statistics: dict[str, Statistics] = field(default_factory=dict)
+    statistics: dict[tuple[str, int | None], Statistics] = field(default_factory=dict)
     """By path."""
     cached_statistics: dict[tuple[Measurement, str], str] = field(default_factory=dict)
     """Folder of the statistics in the cache, by what was measured and their kind."""
@@ -70,15 +70,16 @@ class OpenedInputs:
         from_hub = [self.hub_models[place] for place in dict.fromkeys(places) if place in self.hub_models]
         return models, from_hub
 
-    def open_statistics(self, path: str) -> Statistics:
-        """Return the statistics of a folder.
+    def open_statistics(self, path: str, samples: int | None = None) -> Statistics:
+        """Return the statistics of a folder, of all samples or of so many.
 
         Raises:
             CheckpointError: they are absent or cannot be read.
+            MismatchError: they were not kept at so many samples.
         """
-        if path not in self.statistics:
-            self.statistics[path] = open_statistics(path)
-        return self.statistics[path]
+        if (path, samples) not in self.statistics:
+            self.statistics[path, samples] = open_statistics(path, samples)
+        return self.statistics[path, samples]
 
     def _checkpoint(self, place: Place, allow_pickle: bool) -> Checkpoint:
         if place not in self.checkpoints:

@@ -56,6 +56,8 @@ class SourceUse:
     """Its layers [begin, end); None for the whole model."""
     statistics: str | None = None
     """Folder of statistics measured on the model, for the methods that use them."""
+    samples: int | None = None
+    """Take the statistics of so many samples, which were kept on the way; None for all."""
     data: MeasuredData | None = None
     """What to measure the model on, if there are no statistics yet."""
     where: str = field(default="", compare=False, repr=False)
@@ -64,7 +66,8 @@ class SourceUse:
     @property
     def measurement(self) -> Measurement | None:
         """Whose statistics these are, and where they are or what they are measured on; None without any."""
-        source = self.statistics or self.data
+        source = self.statistics if self.samples is None else f"{self.statistics}@{self.samples}"
+        source = source or self.data
         return None if source is None else (self.model.key, source)
 
 
@@ -262,7 +265,8 @@ def _use_mapping(use: SourceUse) -> dict[str, Any]:
     if use.layer_range:
         mapping["layer_range"] = list(use.layer_range)
     if use.statistics is not None:
-        mapping["statistics"] = use.statistics
+        prefix = {"path": use.statistics, "samples": use.samples}
+        mapping["statistics"] = use.statistics if use.samples is None else prefix
     if use.data is not None:
         mapping["data"] = use.data.to_mapping()
     if use.parameters:

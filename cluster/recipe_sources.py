@@ -115,10 +115,11 @@ def _read_use(raw: Any, where: str, known: tuple[str, ...], reading: Reading) ->
     layer_range = None
     if "layer_range" in known and mapping.get("layer_range") is not None:
         layer_range = _read_range(mapping["layer_range"], join(where, "layer_range"), reading)
-    statistics, data = _read_statistics(mapping, where, reading)
+    statistics, samples, data = _read_statistics(mapping, where, reading)
     return SourceUse(
         model=reading.model(mapping["model"], join(where, "model")),
         statistics=statistics,
+        samples=samples,
         data=data,
         parameters=reading.settings(mapping, where, of_one_model=True),
         layer_range=layer_range,
@@ -128,13 +129,23 @@ def _read_use(raw: Any, where: str, known: tuple[str, ...], reading: Reading) ->
 
 def _read_statistics(
     mapping: Mapping[str, Any], where: str, reading: Reading
-) -> tuple[str | None, MeasuredData | None]:
-    """Return a model's statistics, measured already or to be measured on data."""
-    statistics = mapping.get("statistics")
+) -> tuple[str | None, int | None, MeasuredData | None]:
+    """Return a model's statistics, measured already (and at how many samples) or to be measured on data."""
+    statistics, samples = mapping.get("statistics"), None
     key = join(where, "statistics")
+    if isinstance(statistics, Mapping):
+        reading.check_keys(statistics, ("path", "samples"), key)
+        samples = as_whole_number(statistics.get("samples"))
+        if samples is None or samples < 1:
+            raise reading.origin.error(
+                join(key, "samples"),
+                f"is {shown(statistics.get('samples'))}; it must be one of the numbers of --samples-at.",
+            )
+        statistics = statistics.get("path", "")
     if statistics is not None and not (isinstance(statistics, str) and statistics):
         raise reading.origin.error(
-            key, f"is {shown(statistics)}; it must be the folder of a model's statistics."
+            key,
+            f"is {shown(statistics)}; it must be the folder of a model's statistics, or {{path: FOLDER, samples: N}}.",
         )
     if statistics is not None and reading.method.statistic is None:
         reading.warn(key, f"has no effect: {reading.method.name} uses no statistics")
@@ -144,8 +155,8 @@ def _read_statistics(
     if statistics is not None:
         if own:
             raise reading.origin.error(place, "stands beside 'statistics'; keep one.")
-        return statistics, None
-    return None, make_data({**reading.data, **own}, place if own else "data", reading)
+        return statistics, samples, None
+    return None, None, make_data({**reading.data, **own}, place if own else "data", reading)
 
 
 def _read_range(raw: Any, key: str, reading: Reading) -> tuple[int, int]:

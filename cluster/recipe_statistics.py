@@ -95,7 +95,7 @@ def find_statistics(
                     continue
                 opened.cached_statistics[measurement, kind] = path
             assert path is not None
-            statistics = opened.open_statistics(path)
+            statistics = opened.open_statistics(path, use.samples)
             if statistics.kind != kind:
                 raise MismatchError(
                     f"the statistics {path} are of kind {statistics.kind}, but {recipe.merge_method} needs {kind}"

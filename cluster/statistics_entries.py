@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from raymerge.merge_actors.methods.gram_matrix import triangle_elements
 from raymerge.stats.layer_groups import LayerGroup, assign_owners, in_group
 from raymerge.stats.linear_maps import LinearMap
 from raymerge.stats.masked_rows import Batching
-from raymerge.stats.measure_job import Description, Entry, GroupReport
+from raymerge.stats.measure_job import Description, Entry, GroupReport, TierCounts
 from raymerge.stats.weight_names import expert_of
 
 #: The order in which ways of batching are tried.
@@ -27,6 +28,8 @@ class GroupFindings:
     num_rows: Mapping[tuple[str, int], int] = field(default_factory=dict)
     num_tokens: int = 0
     num_examples: int = 0
+    tiers: tuple[TierCounts, ...] = ()
+    """Of Grams: up to and with each tier."""
     needs_separate: frozenset[str] = frozenset()
     """Not empty: the pass has to be repeated."""
     needs_batching: Batching | None = None
@@ -59,8 +62,46 @@ def combine(reports: Sequence[GroupReport]) -> GroupFindings:
         num_rows=num_rows,
         num_tokens=sum(report.num_tokens for report in reports),
         num_examples=sum(report.num_examples for report in reports),
+        tiers=_cumulative([report.tiers for report in reports]),
         needs_separate=separate,
     )
+
+
+def _cumulative(by_worker: Sequence[Mapping[int, TierCounts]]) -> tuple[TierCounts, ...]:
+    counts, total = [], TierCounts()
+    for tier in sorted({tier for each in by_worker for tier in each}):
+        for each in by_worker:
+            total = total.plus(each.get(tier, TierCounts()))
+        counts.append(total)
+    return tuple(counts)
+
+
+def prefix_entries(
+    description: Description,
+    group: LayerGroup,
+    findings: GroupFindings,
+    num_workers: int,
+    samples_at: Sequence[int],
+) -> tuple[list[Entry], dict[str, dict[str, Any]]]:
+    """Return the Grams of a group at fewer samples than all, and per number of samples what the manifest says.
+
+    Their names are those of the Grams of all samples with "@SAMPLES" after them.
+    """
+    entries: list[Entry] = []
+    prefixes: dict[str, dict[str, Any]] = {}
+    for tier, samples in enumerate(samples_at[:-1]):
+        counts = findings.tiers[tier]
+        up_to_here = dataclasses.replace(findings, num_rows=counts.num_rows)
+        found, modules = gram_entries(description, group, up_to_here, num_workers)
+        for entry in found:
+            [(key, shape)] = entry.tensors
+            entries.append(dataclasses.replace(entry, tensors=((f"{key}@{samples}", shape),), tier=tier))
+        prefixes[str(samples)] = {
+            "num_tokens": counts.num_tokens,
+            "num_examples": counts.num_examples,
+            "modules": {name: {**row, "gram": f"{row['gram']}@{samples}"} for name, row in modules.items()},
+        }
+    return entries, prefixes
 
 
 def gram_entries(

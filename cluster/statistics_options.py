@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raymerge.cluster.connect import Device
+from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.fisher_accumulator import Estimator
 from raymerge.stats.statistics_file import StatisticsKind
@@ -27,6 +28,12 @@ class StatisticsOptions:
     resume: bool = False
     overwrite: bool = False
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data.samples_at and self.kind != "gram":
+            raise RecipeError(
+                f"--samples-at keeps Gram matrices on the way, but --kind is {self.kind}; give --samples instead."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ from typing import Any
 
 from raymerge.cluster.activation_group import ActivationGroup, WorkersLost
 from raymerge.cluster.run_folder import RunFolder
-from raymerge.cluster.statistics_entries import combine, expected_tensors, fisher_entries, gram_entries
+from raymerge.cluster.statistics_entries import (
+    combine,
+    expected_tensors,
+    fisher_entries,
+    gram_entries,
+    prefix_entries,
+)
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.errors import ClusterError, OutputError, RecipeError
@@ -115,6 +121,10 @@ class StatisticsRun:
             )
         make_entries = fisher_entries if self.job.kind == "fisher" else gram_entries
         entries, modules = make_entries(self.description, group, findings, num_workers)
+        earlier, prefixes = prefix_entries(
+            self.description, group, findings, num_workers, self.job.data.samples_at
+        )
+        entries = [*earlier, *entries]
         names = [
             os.path.join("out", OUTPUT, f"{self.job.kind}-{group.number:05d}-{rank:05d}.safetensors")
             for rank in range(num_workers)
@@ -125,15 +135,21 @@ class StatisticsRun:
             for squares in self._call("sum_squares", [()] * num_workers):
                 for tensor, square in squares.items():
                     modules[tensor]["sum_squares"] = square
-        self._finish(group, modules, [os.path.basename(file) for file in files if file], reports)
+        self._finish(group, modules, prefixes, [os.path.basename(file) for file in files if file], reports)
 
     def _finish(
-        self, group: LayerGroup, modules: dict[str, Any], files: list[str], reports: list[GroupReport]
+        self,
+        group: LayerGroup,
+        modules: dict[str, Any],
+        prefixes: dict[str, Any],
+        files: list[str],
+        reports: list[GroupReport],
     ) -> None:
         """Journal a group, and drop cached activations that no later group begins from."""
         self.journal["groups"].append(
             {
                 "modules": modules,
+                "prefixes": prefixes,
                 "files": files,
                 "num_tokens": sum(report.num_tokens for report in reports),
                 "num_examples": sum(report.num_examples for report in reports),
@@ -264,7 +280,27 @@ class StatisticsRun:
             },
             "timing": _timing(groups),
             "modules": modules,
+            **self._prefixes(groups),
             "files": [file for each in groups for file in each["files"]],
+        }
+
+    def _prefixes(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the manifest says about fewer samples."""
+        if not self.job.data.samples_at:
+            return {}
+        return {
+            "prefixes": {
+                samples: {
+                    "num_tokens": found["num_tokens"],
+                    "num_examples": found["num_examples"],
+                    "modules": {
+                        name: row
+                        for each in groups
+                        for name, row in each["prefixes"][samples]["modules"].items()
+                    },
+                }
+                for samples, found in groups[0]["prefixes"].items()
+            }
         }
 
     def _remark_on_rank(self, modules: dict[str, dict[str, Any]]) -> None:

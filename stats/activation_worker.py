@@ -208,11 +208,12 @@ def gram_totals(
     """Reduce Grams in order, and yield those that a worker owns, each before the next is summed."""
     for entry in entries:
         for part in entry.parts:
-            total = sums.total((entry.parameter, part), entry.in_features)
+            total = sums.total((entry.parameter, part), entry.in_features, entry.tier)
             exchange.reduce(total, entry.owner, members)
             if entry.owner == rank:
                 yield total
-            sums.forget((entry.parameter, part))
+            if entry.tier is None:  # what is summed up to a tier comes before what is summed over all
+                sums.forget((entry.parameter, part))
 
 
 def _take(values: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]:

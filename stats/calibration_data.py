@@ -6,9 +6,10 @@ workers: a shard is the unit of assignment, of repetition and of summation.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class CalibrationData:
         """
         self.spec = spec
         self.rows: Rows = read_rows(spec)
+        self._shards = _cut_shards(self.rows.tier_ends)
         self._tokenizer = load_tokenizer(model_folder)
         self._config = config
         self.max_length = self._checked_length()
@@ -77,12 +79,15 @@ class CalibrationData:
     @property
     def num_shards(self) -> int:
         """Count the logical shards."""
-        return min(NUM_SHARDS, len(self.rows.texts))
+        return len(self._shards)
+
+    def tier(self, number: int) -> int:
+        """Return which of the numbers of samples a shard is first part of."""
+        return self._shards[number][1]
 
     def shard(self, number: int) -> list[Example]:
         """Tokenise one shard; rows that the tokenizer makes nothing of are left out."""
-        begin, end = (len(self.rows.texts) * i // self.num_shards for i in (number, number + 1))
-        rows = range(begin, end)
+        rows = self._shards[number][0]
         examples = self._packed(rows) if self.spec.packed else [self._example(i) for i in rows]
         return [each for each in examples if each.input_ids and each.target_ids != ()]
 
@@ -177,6 +182,16 @@ class CalibrationData:
                 )
             numbers.append(number)
         return numbers
+
+
+def _cut_shards(tier_ends: Sequence[int]) -> list[tuple[range, int]]:
+    """Cut the rows of each tier into at most `NUM_SHARDS` shards; returns rows and tier of each."""
+    shards = []
+    for tier, (first, last) in enumerate(itertools.pairwise((0, *tier_ends))):
+        num_shards = min(NUM_SHARDS, last - first)
+        edges = [first + (last - first) * i // num_shards for i in range(num_shards + 1)]
+        shards += [(range(begin, end), tier) for begin, end in itertools.pairwise(edges)]
+    return shards
 
 
 #: Fields of DataSpec that the rows do not show and that change examples.

@@ -40,6 +40,9 @@ class DataSpec:
     label_column: str | None = None
     samples: int | None = None
     """Take so many rows (of those with text), evenly at random and always the same ones."""
+    samples_at: tuple[int, ...] = ()
+    """Ascending numbers of samples at which statistics are kept, the last one instead of `samples`: the rows are
+    those that `samples` would take, so that a curve over samples costs one pass."""
     max_length: int | None = None
     """Longest example in tokens [the model's, at most 512]."""
     batch_tokens: int = 4096
@@ -54,6 +57,13 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} of the data is {value}; it must be at least 1.")
+        if self.samples_at and (
+            min(self.samples_at) < 1 or list(self.samples_at) != sorted(set(self.samples_at)) or self.samples
+        ):
+            raise RecipeError(
+                f"samples_at of the data is {', '.join(map(str, self.samples_at))}; it must be ascending numbers from "
+                "1 on, and stands instead of samples."
+            )
         if self.packed and (self.text_pair_column or self.label_column):
             raise RecipeError(
                 "packed data have no text_pair_column or label_column: texts are joined; leave one out."
@@ -74,6 +84,8 @@ class Rows:
     labels: Sequence[Any] | None
     remarks: tuple[str, ...]
     """Sentences for the user."""
+    tier_ends: tuple[int, ...]
+    """Rows [0, end) are those of each of `samples_at`; one end, that of all rows, without it."""
 
 
 def read_rows(spec: DataSpec) -> Rows:
@@ -101,18 +113,35 @@ def read_rows(spec: DataSpec) -> Rows:
         remarks.append(
             f"{len(texts) - len(kept):,} of {len(texts):,} rows without text or label are left out"
         )
-    if spec.samples is not None:
-        if spec.samples > len(kept):
-            remarks.append(
-                f"the data have {len(kept):,} rows, fewer than the {spec.samples:,} samples asked for"
-            )
-        kept = choose(kept, spec.samples, _SUBSET_SEED)
+    kept, tier_ends = _take(spec, kept, remarks)
     return Rows(
         texts=[texts[i] for i in kept],
         pairs=None if pairs is None else [pairs[i] or "" for i in kept],
         labels=None if labels is None else [labels[i] for i in kept],
         remarks=tuple(remarks),
+        tier_ends=tier_ends,
     )
+
+
+def _take(spec: DataSpec, kept: list[int], remarks: list[str]) -> tuple[list[int], tuple[int, ...]]:
+    """Choose the samples; rows of smaller numbers of samples come first. Returns them and where each number ends."""
+    numbers = spec.samples_at or ((spec.samples,) if spec.samples is not None else ())
+    if not numbers:
+        return kept, (len(kept),)
+    if numbers[-1] > len(kept):
+        if spec.samples_at:
+            raise RecipeError(
+                f"samples_at of the data asks for {numbers[-1]:,} rows, but {spec.source!r} has {len(kept):,} "
+                "with text."
+            )
+        remarks.append(f"the data have {len(kept):,} rows, fewer than the {numbers[-1]:,} samples asked for")
+    taken: list[int] = []
+    tier_ends = []
+    for number in numbers:
+        known = frozenset(taken)
+        taken += [row for row in choose(kept, number, _SUBSET_SEED) if row not in known]
+        tier_ends.append(len(taken))
+    return taken, tuple(tier_ends)
 
 
 def check_columns(spec: DataSpec, table: pyarrow.Table, columns: Sequence[str]) -> None:

@@ -77,7 +77,8 @@ def _needs(
             statistics[place] += fisher_bytes(parameter.numel())
     if job.kind == "gram":
         for each in maps.maps:
-            statistics[num_blocks if each.block is None else each.block] += _map_bytes(each)
+            place = num_blocks if each.block is None else each.block
+            statistics[place] += _map_bytes(each, max(1, len(job.data.samples_at)))
     widest = max(
         (max(each.in_features, each.out_features) for each in maps.maps if each.block is not None), default=0
     )
@@ -90,9 +91,9 @@ def _needs(
     )
 
 
-def _map_bytes(each: LinearMap) -> int:
+def _map_bytes(each: LinearMap, num_tiers: int) -> int:
     # As if nothing were shared: what is shared shows only in a forward pass.
-    return gram_bytes(each.in_features) * max(1, each.num_experts)
+    return gram_bytes(each.in_features, num_tiers) * max(1, each.num_experts)
 
 
 def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -26,9 +26,9 @@ _NUM_BLOCKS = 8
 _LEAST_BLOCK_COLUMNS = 256
 
 
-def gram_bytes(in_features: int) -> int:
-    """Return what a Gram takes while it is summed: a float32 square and a float64 triangle."""
-    return 4 * in_features**2 + 8 * triangle_elements(in_features)
+def gram_bytes(in_features: int, num_tiers: int = 1) -> int:
+    """Return what a Gram takes while it is summed: a float32 square, and a float64 triangle for each tier."""
+    return 4 * in_features**2 + 8 * triangle_elements(in_features) * (num_tiers + (num_tiers > 1))
 
 
 class GramAccumulator:
@@ -37,7 +37,7 @@ class GramAccumulator:
     def __init__(self, device: str) -> None:
         self._device = device
         self._shard_II: dict[Key, torch.Tensor] = {}
-        self._total_T: dict[Key, torch.Tensor] = {}
+        self._totals_T: dict[Key, dict[int, torch.Tensor]] = {}
         self.is_timed = False
         """Wait for the device before and after each update, and count operations and seconds?"""
         self.num_operations = 0
@@ -61,14 +61,15 @@ class GramAccumulator:
         synchronize(self._device)
         self.seconds += time.perf_counter() - begin
 
-    def end_shard(self) -> None:
-        """Add the running shard to the totals and begin another."""
+    def end_shard(self, tier: int = 0) -> None:
+        """Add the running shard to the totals of its tier and begin another."""
         for key, shard_II in self._shard_II.items():
             packed_T = pack_upper(shard_II).double()
-            if key in self._total_T:
-                self._total_T[key].add_(packed_T)
+            by_tier = self._totals_T.setdefault(key, {})
+            if tier in by_tier:
+                by_tier[tier].add_(packed_T)
             else:
-                self._total_T[key] = packed_T
+                by_tier[tier] = packed_T
             shard_II.zero_()
 
     def drop_shard(self) -> None:
@@ -82,18 +83,23 @@ class GramAccumulator:
             if not bool(shard_II.diagonal().isfinite().all()):
                 yield key
 
-    def total(self, key: Key, in_features: int) -> torch.Tensor:
-        """Return the sum of all shards, float64 (T,); zeros for a key that was never seen."""
+    def total(self, key: Key, in_features: int, tier: int | None = None) -> torch.Tensor:
+        """Return the sum of all shards up to a tier (None: of all), float64 (T,); zeros for a key never seen."""
         import torch
 
-        if key not in self._total_T:
-            return torch.zeros(triangle_elements(in_features), dtype=torch.float64, device=self._device)
-        return self._total_T[key]
+        by_tier = self._totals_T.get(key, {})
+        parts = [part_T for number, part_T in by_tier.items() if tier is None or number <= tier]
+        if len(by_tier) == len(parts) == 1:
+            return parts[0]
+        total_T = torch.zeros(triangle_elements(in_features), dtype=torch.float64, device=self._device)
+        for part_T in parts:
+            total_T.add_(part_T)
+        return total_T
 
     def forget(self, key: Key) -> None:
         """Free a key's memory."""
         self._shard_II.pop(key, None)
-        self._total_T.pop(key, None)
+        self._totals_T.pop(key, None)
 
 
 def add_gram(gram_II: torch.Tensor, rows_RI: torch.Tensor, weight: int = 1) -> int:

@@ -19,7 +19,7 @@ from raymerge.stats.gram_accumulator import GramAccumulator, synchronize
 from raymerge.stats.input_capture import InputCapture, Key
 from raymerge.stats.layer_groups import LayerGroup, in_group
 from raymerge.stats.linear_maps import LinearMap
-from raymerge.stats.measure_job import GroupReport, PassSettings
+from raymerge.stats.measure_job import GroupReport, PassSettings, TierCounts
 from raymerge.stats.measured_model import MeasuredModel
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class _GramPass:
         self._num_tokens = self._num_examples = 0
         self._forward_seconds = 0.0
         self._timed_rows: dict[Key, int] = {}
+        self._tiers: dict[int, TierCounts] = {}
+        self._counted = TierCounts()
 
     def run(self, shards: Sequence[int]) -> None:
         """Run the shards; the first one is timed."""
@@ -103,7 +105,16 @@ class _GramPass:
             if (key := next(self.grams.non_finite(), None)) is not None:
                 self.damaged = key, shard
                 return
-            self.grams.end_shard()
+            tier = self._measured.data.tier(shard)
+            self.grams.end_shard(tier)
+            self._count(tier)
+
+    def _count(self, tier: int) -> None:
+        """Put down what was seen since the last call to a tier."""
+        so_far = TierCounts(dict(self._capture.num_rows), self._num_tokens, self._num_examples)
+        passed = so_far.minus(self._counted)
+        self._tiers[tier] = self._tiers[tier].plus(passed) if tier in self._tiers else passed
+        self._counted = so_far
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -123,6 +134,7 @@ class _GramPass:
             num_calls=dict(self._capture.num_calls),
             num_tokens=self._num_tokens,
             num_examples=self._num_examples,
+            tiers=self._tiers,
             num_truncated=self._measured.data.num_truncated,
             forward_seconds=self._forward_seconds,
             update_seconds=self.grams.seconds,

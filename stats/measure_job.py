@@ -67,6 +67,28 @@ class PassSettings:
     is_streamed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TierCounts:
+    """What was seen in the shards of one tier."""
+
+    num_rows: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_examples: int = 0
+
+    def plus(self, other: TierCounts, sign: int = 1) -> TierCounts:
+        """Return the sum of two."""
+        keys = [*self.num_rows, *(key for key in other.num_rows if key not in self.num_rows)]
+        return TierCounts(
+            {key: self.num_rows.get(key, 0) + sign * other.num_rows.get(key, 0) for key in keys},
+            self.num_tokens + sign * other.num_tokens,
+            self.num_examples + sign * other.num_examples,
+        )
+
+    def minus(self, other: TierCounts) -> TierCounts:
+        """Return the difference of two."""
+        return self.plus(other, -1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupReport:
     """What a worker saw in its shards of one layer group."""
@@ -82,6 +104,8 @@ class GroupReport:
     num_calls: Mapping[str, int] = field(default_factory=dict)
     num_tokens: int = 0
     num_examples: int = 0
+    tiers: Mapping[int, TierCounts] = field(default_factory=dict)
+    """Of Grams: rows, tokens and examples by tier (see `DataSpec.samples_at`)."""
     num_truncated: int = 0
     forward_seconds: float = 0.0
     """Of the timed shard, updates left out."""
@@ -106,3 +130,5 @@ class Entry:
     """Name and shape of the tensors on disk: one, or of Fisher one per tensor of the checkpoint."""
     owner: int
     """Number of the worker."""
+    tier: int | None = None
+    """Sum the shards up to this tier; None for all."""

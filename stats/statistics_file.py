@@ -131,14 +131,21 @@ class Coverage:
         return tuple(name for name in self.linear_maps if name not in left_out)
 
 
-def open_statistics(path: str | os.PathLike[str]) -> Statistics:
+def open_statistics(path: str | os.PathLike[str], samples: int | None = None) -> Statistics:
     """Read the manifest and headers of a statistics folder.
+
+    Args:
+        path: the folder.
+        samples: take the statistics of so many samples, which were kept on the way (`samples_at`).
 
     Raises:
         CheckpointError: it is absent, unfinished, or its files do not fit the manifest.
+        MismatchError: statistics of so many samples were not kept.
     """
     folder = absolute(os.fspath(path))
     manifest = _read_manifest(folder)
+    if samples is not None:
+        manifest = _at_samples(folder, manifest, samples)
     kind: StatisticsKind = manifest["kind"]
     modules = read_modules(folder, manifest["files"], manifest["modules"], kind)
     return Statistics(
@@ -153,6 +160,23 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
 def _fingerprint(tensors: list[TensorInfo], manifest: Mapping[str, Any]) -> str:
     of_files = fingerprint(tensors, sorted({tensor.file for tensor in tensors}))
     return xxhash.xxh3_128_hexdigest(f"{of_files}{json.dumps(manifest)}".encode())
+
+
+def _at_samples(folder: str, manifest: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Return the manifest that the statistics of fewer samples would have."""
+    prefixes = manifest.get("prefixes", {})
+    if samples == manifest["num_examples"] or samples == (manifest["data"].get("samples_at") or [None])[-1]:
+        return manifest
+    if str(samples) not in prefixes:
+        kept = [*map(int, prefixes), manifest["num_examples"]]
+        raise MismatchError(
+            f"the statistics {folder} were kept at {', '.join(f'{each:,}' for each in kept)} samples, not at "
+            f"{samples:,}; measure with --samples-at."
+        )
+    found = prefixes[str(samples)]
+    linear_maps = manifest["coverage"]["linear_maps"]
+    uncovered = [name for name in linear_maps if name not in found["modules"]]
+    return {**manifest, **found, "coverage": {**manifest["coverage"], "uncovered": uncovered}}
 
 
 def read_modules(

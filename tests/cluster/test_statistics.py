@@ -64,8 +64,8 @@ def _collect(model: Path, out: Path, texts: Path, **changes: Any) -> StatisticsR
     return collect_statistics(str(model), out, StatisticsOptions(**options), **callbacks)
 
 
-def _values(out: Path) -> Values:
-    statistics = open_statistics(out)
+def _values(out: Path, samples: int | None = None) -> Values:
+    statistics = open_statistics(out, samples)
     files = {file: load_file(out / file) for file in statistics.manifest["files"]}
     return {
         name: (files[os.path.basename(module.tensor.file)][module.key], module.num_rows)
@@ -365,3 +365,69 @@ def test_peak_memory_stays_within_a_quarter_of_the_model(
     num_groups, peak_gib = done.stdout.split()
     assert int(num_groups) > 1
     assert float(peak_gib) < model_gib / 4
+
+
+def test_a_curve_over_samples_is_one_pass(
+    tiny_checkpoints: Callable[..., Any], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raymerge.stats.measured_model import MeasuredModel
+
+    model = tiny_checkpoints("llama").models[0]
+    passed: list[int] = []
+    forward = MeasuredModel.forward
+    monkeypatch.setattr(
+        MeasuredModel,
+        "forward",
+        lambda self, batch: (passed.append(len(batch.examples)), forward(self, batch))[1],
+    )
+    _collect(model, tmp_path / "curve", texts, workers=2, samples_at=(5, 20, 40))
+    assert sum(passed) == 40
+    for samples in (5, 20, 40):
+        _collect(model, tmp_path / str(samples), texts, samples=samples)
+        expected = open_statistics(tmp_path / str(samples))
+        found = open_statistics(tmp_path / "curve", samples)
+        assert found.manifest["num_tokens"] == expected.manifest["num_tokens"]
+        assert found.manifest["num_examples"] == samples and found.modules.keys() == expected.modules.keys()
+        _assert_close(_values(tmp_path / "curve", samples), _values(tmp_path / str(samples)))
+    _collect(
+        model,
+        tmp_path / "grouped",
+        texts,
+        samples_at=(5, 20, 40),
+        memory_gib=_budget_gib(model, texts, tmp_path, is_streamed=True) * 2,
+    )
+    for samples in (5, 20, 40):
+        _assert_close(_values(tmp_path / "grouped", samples), _values(tmp_path / "curve", samples))
+    with pytest.raises(CheckpointError, match="kept at 5, 20, 40 samples, not at 7"):
+        open_statistics(tmp_path / "curve", 7)
+    with pytest.raises(RecipeError, match=r"asks for 41 rows, but .* has 40"):
+        _collect(model, tmp_path / "more", texts, samples_at=(5, 41))
+    with pytest.raises(RecipeError, match="must be ascending"):
+        _collect(model, tmp_path / "more", texts, samples_at=(5, 5))
+    with pytest.raises(RecipeError, match="--samples-at keeps Gram"):
+        _collect(model, tmp_path / "more", texts, samples_at=(5, 6), kind="fisher")
+
+
+def test_a_recipe_takes_the_statistics_of_fewer_samples(
+    tiny_checkpoints: Callable[..., Any], texts: Path, tmp_path: Path
+) -> None:
+    import raymerge
+
+    models = tiny_checkpoints("llama").models[:2]
+    for number, model in enumerate(models):
+        _collect(model, tmp_path / f"curve{number}", texts, samples_at=(5, 20))
+        _collect(model, tmp_path / f"five{number}", texts, samples=5)
+
+    def merged(name: str, statistics: list[Any]) -> dict[str, torch.Tensor]:
+        entries = [{"model": str(m), "statistics": s} for m, s in zip(models, statistics, strict=True)]
+        recipe = {"merge_method": "regmean", "models": entries}
+        raymerge.merge(recipe, tmp_path / name, in_process=True, workers=1)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    prefix = [{"path": str(tmp_path / f"curve{i}"), "samples": 5} for i in range(2)]
+    found = merged("prefix", prefix)
+    expected = merged("five", [str(tmp_path / f"five{i}") for i in range(2)])
+    whole = merged("whole", [str(tmp_path / f"curve{i}") for i in range(2)])
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(found[name], whole[name], rtol=1e-5, atol=1e-7)
