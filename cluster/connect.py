@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 #: An embedded Ray holds no tensors, only instructions: the least store that Ray takes.
 _OBJECT_STORE_BYTES = 80 * 2**20
+#: Devices of NVIDIA's driver, of AMD's, and of Windows below Linux.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")
 #: Beyond this many CPU workers on one machine, memory bandwidth and not cores is the limit.
 _MOST_CPU_WORKERS = 16
 
@@ -131,9 +134,12 @@ def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) ->
 
 def local_resources() -> tuple[int, int]:
     """Return the CPU cores and GPUs of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Where the kernel drives no GPU, torch, which takes seconds to import, has none to find either.
+    if sys.platform == "linux" and not any(os.path.exists(driver) for driver in _GPU_DRIVERS):
+        return cores, 0
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores, torch.cuda.device_count()
 
 

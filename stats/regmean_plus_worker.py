@@ -22,7 +22,6 @@ from raymerge.stats.masked_rows import NeedsBatching
 from raymerge.stats.measure_job import Entry, GroupReport, MeasureJob
 from raymerge.stats.measured_model import MeasuredModel
 from raymerge.stats.model_loading import BlockLoader
-from raymerge.stats.parameter_use import ParameterUse
 from raymerge.stats.regmean_plus_stages import Candidate, Stage, StageReport, StageWork, stage_span
 from raymerge.stats.statistics_file import Written, write_statistics_file
 
@@ -63,6 +62,9 @@ class CandidateModel(MeasuredModel):
         if not self._must_watch:
             super().forward(batch)
             return
+        # A subclass of torch's, which the driver does without.
+        from raymerge.stats.parameter_use import ParameterUse
+
         watch = ParameterUse(self.streamed().outside())
         with watch:
             super().forward(batch)
