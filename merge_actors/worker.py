@@ -34,6 +34,7 @@ from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.interface import Summary
 from raymerge.merge_actors.methods.prepare import TensorState, needs_preparation
 from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
+from raymerge.merge_actors.narrowing import beyond_warning, count_beyond, saturates
 from raymerge.merge_actors.nonfinite import (
     count_nonfinite,
     hides_nonfinite,
@@ -286,8 +287,10 @@ class MergeWorker:
                 clock = [time.perf_counter()]
                 merged = solving.solve()
                 clock.append(time.perf_counter())
-            reports = []
+            reports, warnings = [], []
             for job, matrix in zip(task.jobs, merged, strict=True):
+                if num_beyond := count_beyond(matrix, job.dtype):
+                    warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
                 data = matrix.to(torch_dtype(job.dtype)).cpu().reshape(-1).view(torch.uint8).numpy().data
                 (outputs or self._files).write_from(job.file, job.offset, data)
                 reports.append(solving.report(job, matrix, data))
@@ -302,6 +305,7 @@ class MergeWorker:
             read_seconds=0.0,
             merge_seconds=clock[1] - clock[0],
             write_seconds=clock[2] - clock[1],
+            warnings=tuple(warnings),
             fetched_bytes=self._files.take_fetched_bytes(),
         )
 
@@ -432,7 +436,7 @@ class MergeWorker:
         merging = self._slice(piece, job, inputs, lane)
         if piece.is_whole:
             state = prepare_slices([merging], state)
-        total_squares, num_nonfinite = 0.0, 0
+        total_squares, num_nonfinite, num_beyond = 0.0, 0, 0
         for at, merged_P in merging.merged_blocks(state):
             stored_P = out_P[at : at + merged_P.numel()].copy_(merged_P)
             squares = sum_squares(merged_P)
@@ -444,14 +448,10 @@ class MergeWorker:
                 write_one_nan(stored_P, merged_P)
                 squares = sum_squares(merged_P.double().nan_to_num_(0, 0, 0))
             total_squares += squares
-        if job.dtype in NARROW:
-            lost = count_nonfinite(out_P) - num_nonfinite
-            if lost > 0:
-                warnings.append(
-                    f"{lost:,} values of tensor {job.tensor} are beyond the range of {job.dtype} and became "
-                    "infinite or NaN; choose another out_dtype, such as bfloat16"
-                )
-                num_nonfinite += lost
+            num_beyond += count_beyond(merged_P, job.dtype)
+        if num_beyond:
+            warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
+            num_nonfinite += 0 if saturates(job.dtype) else num_beyond
         return Figures(total_squares, num_nonfinite)
 
     def _write_piece(

@@ -514,6 +514,16 @@ def test_mixed_dtypes_are_merged_in_float32(tmp_path: Path) -> None:
         assert torch.equal(merged.float(), mean.to(dtype).float()), name
 
 
+def test_values_beyond_float8_are_counted(tmp_path: Path) -> None:
+    tensor = torch.tensor([[1.0, 500.0, -1000.0, 448.0]])
+    folder = _write(tmp_path / "m", {"w": tensor})
+    recipe = {"merge_method": "linear", "models": [{"model": folder}], "parameters": {"weight": 1.0}}
+    result = run(recipe, tmp_path / "out", dtype="float8_e4m3fn")
+    assert read_tensors(tmp_path / "out")["w"].float().tolist() == [[1.0, 448.0, -448.0, 448.0]]
+    [line] = [line for line in result.remarks if "beyond the range" in line]
+    assert line.startswith("2 values of tensor w are beyond the range of F8_E4M3 and became 448")
+
+
 def test_float64_is_merged_in_float64(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(64, 33, generator=generator, dtype=torch.float64) for _ in range(3)]
