@@ -76,7 +76,7 @@ def show_result(result: Any) -> None:
     parts = [f"{result.num_run:,} points run in {duration(result.seconds)}"]
     for number, what in (
         (result.num_resumed, "kept from before"),
-        (result.num_shared, "the same merge as another"),
+        (result.num_shared, "the same model as another point"),
         (result.num_pruned, "stopped early"),
         (result.num_failed, "failed (see the column `error`)"),
     ):

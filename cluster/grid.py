@@ -64,7 +64,7 @@ class GridResult:
     num_resumed: int
     """Points whose rows an earlier run had written."""
     num_shared: int
-    """Points that are the same merge as another one."""
+    """Points that gave the same model as another one, which alone was evaluated."""
     num_failed: int
     num_pruned: int
     best: tuple[dict[str, Any], ...]
@@ -179,7 +179,7 @@ class GridRun:
             num_points=self.num_points,
             num_run=self.progress.num_run,
             num_resumed=self.num_resumed,
-            num_shared=self.num_shared,
+            num_shared=self.num_shared + self.progress.num_same,
             num_failed=self.progress.num_failed,
             num_pruned=self.progress.num_pruned,
             best=tuple(best),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -96,7 +97,12 @@ def export(
             overwrite=True,
         )
         out = folder.file(wanted[0]["name"]) if len(wanted) == 1 else folder.path
-        merge(recipes, out, merge_options, on_remark=on_remark, show_progress=show_progress)
+
+        def remark(line: str) -> None:
+            if ": key " not in line:  # what the recipe's keys are worth was said when the grid was planned
+                on_remark(line)
+
+        merge(recipes, out, merge_options, on_remark=remark, show_progress=show_progress)
     for each in winners:
         path = os.path.join(folder.file(each["name"]), RECIPE_NAME)
         with open(path, "w", encoding="utf-8") as file:
@@ -117,11 +123,13 @@ def _metrics(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return {metric: {value, error}} of a row."""
     if row is None:
         return None
-    return {
-        name.removeprefix("metric."): {
-            "value": value,
-            "error": row.get(f"stderr.{name.removeprefix('metric.')}"),
-        }
-        for name, value in row.items()
-        if name.startswith("metric.") and value is not None
-    }
+    found = {}
+    for column, value in row.items():
+        if column.startswith("metric.") and value is not None:
+            name = column.removeprefix("metric.")
+            error = row.get(f"stderr.{name}")
+            found[name] = {
+                "value": value,
+                "error": None if error is None or math.isnan(error) else error,  # JSON has no NaN
+            }
+    return found

@@ -132,7 +132,7 @@ class Expression:
             left, right = _number(self._value(node.left, values)), _number(self._value(node.right, values))
             if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_EXPONENT:
                 raise ValueError(f"an exponent is at most {_LARGEST_EXPONENT}")
-            return _BINARY[type(node.op)](left, right)
+            return _tidy(_BINARY[type(node.op)](left, right))
         if isinstance(node, ast.Compare):
             return self._compare(node, values)
         if isinstance(node, ast.IfExp):
@@ -182,6 +182,11 @@ _ALLOWED = (
     ast.Subscript,
     ast.Load,
 )
+
+
+def _tidy(value: Any) -> Any:
+    """Return a float to 15 digits: 1 - 0.9 is 0.1, as its author means it, not 0.09999999999999998."""
+    return float(f"{value:.15g}") if isinstance(value, float) else value
 
 
 def _number(value: Any) -> Any:

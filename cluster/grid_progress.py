@@ -33,13 +33,14 @@ class GridProgress:
         self._started = self._last = time.monotonic()
         self._best = math.nan
         self._best_point = -1
-        self.num_run = self.num_failed = self.num_pruned = 0
+        self.num_run = self.num_failed = self.num_pruned = self.num_same = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a finished point, and show the state if the last time is long enough ago."""
         self.num_run += 1
         self.num_failed += row["status"] == "failed"
         self.num_pruned += row["status"] == "pruned"
+        self.num_same += row.get("same_as") is not None
         if row["status"] == "ok":
             names = (name for name, _ in self._objective.weights)
             value = self._objective.value({name: row.get(f"metric.{name}") for name in names})

@@ -93,12 +93,16 @@ def report_mapping(data: ReportData) -> dict[str, Any]:
         "num_points": data.num_points,
         "counts": dict(data.counts),
         "best": [
-            {name: list(value) if isinstance(value, tuple) else value for name, value in row.items()}
+            {name: _as_json(value) if isinstance(value, tuple) else value for name, value in row.items()}
             for row in best_rows(data)
         ],
         "axes": {axis.name: axis_rows(data, axis) for axis in data.axes},
         "front": list(data.front),
     }
+
+
+def _as_json(pair: tuple[float, float]) -> dict[str, float | None]:
+    return {"value": pair[0], "error": None if math.isnan(pair[1]) else pair[1]}
 
 
 def cell(value: Any) -> str:

@@ -21,6 +21,8 @@ VALUES = {"lambda": 0.5, "k": 4, "method": "ties", "pair": ["a", "b"]}
         ("'a' in pair and len(pair) == 2", True),
         ("pair[1]", "b"),
         ("1 - lambda", 0.5),
+        ("1 - 0.9", 0.1),
+        ("0.1 * 3 == 0.3", True),
         ("-k ** 2 // 3 % 5", 4),
         ("max(lambda, 1, ${k}) if k > 1 else false", 4),
         ("round(1 / 3, 2)", 0.33),
