@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
 from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
@@ -36,9 +37,9 @@ class RemoteRunFolder:
             RaymergeError: OUT carries credentials, or is a whole bucket.
         """
         self.out = checked(out)
-        parent, name = os.path.split(self.out)
-        if parent.endswith(":/") or parent.endswith("://"):
+        if not urlsplit(self.out).path:
             raise OutputError(f"{self.out} is a whole bucket; name a folder in it: {self.out}/NAME")
+        parent, name = os.path.split(self.out)
         self.path = f"{parent}/.{name}.raymerge"
         self.journal_path = f"{self.path}/{JOURNAL_NAME}"
         self._is_campaign = is_campaign

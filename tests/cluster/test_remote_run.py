@@ -1,0 +1,255 @@
+"""Runs that write to an object store: resumed, refused, locked, checked on every node, without a secret in sight."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from object_store import BUCKET, ObjectStore
+
+import raymerge
+from raymerge.cluster import store_lock
+from raymerge.cluster.journal import read_journal
+from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.remote_run_folder import RemoteRunFolder
+from raymerge.merge_actors.errors import CheckpointError, ClusterError, OutputError, RaymergeError
+from raymerge.merge_actors.storage import retry
+from raymerge.merge_actors.storage.store import forget_stores
+from raymerge.merge_actors.task import RunContext
+from raymerge.merge_actors.worker import MergeWorker
+
+OPTIONS = {"in_process": True, "workers": 1, "out_shard_size": "20KB"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "MOST_ATTEMPTS", 2)
+    monkeypatch.setattr("raymerge.merge_actors.storage.arrow_store._PART_ATTEMPTS", 1)
+    forget_stores()
+    yield
+    forget_stores()
+
+
+@pytest.fixture
+def recipe(tiny_checkpoints: Callable[..., Any]) -> dict[str, Any]:
+    family = tiny_checkpoints("llama")
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(family.base),
+        "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in family.models],
+    }
+
+
+@pytest.fixture
+def out(request: pytest.FixtureRequest) -> str:
+    return f"s3://{BUCKET}/runs/{request.node.name.partition('[')[0]}"
+
+
+def run(recipe: Any, out: str, **options: Any) -> MergeResult:
+    recipes = recipe if isinstance(recipe, list) else [recipe]
+    return merge(recipes, out, MergeOptions(**{**OPTIONS, **options}))
+
+
+def key_of(uri: str) -> str:
+    return uri.removeprefix(f"s3://{BUCKET}/")
+
+
+def contents(store: ObjectStore, uri: str) -> dict[str, bytes]:
+    names = [key for key in store.keys(key_of(uri) + "/") if key.endswith((".safetensors", ".index.json"))]
+    return {key.rpartition("/")[2]: store.get(key) for key in names}
+
+
+def test_resume_repeats_no_finished_file(
+    recipe: Any, out: str, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    """The third file is refused for good: what is there is no checkpoint, and the next run makes the rest."""
+    object_store.fail("403", "model-00003-of", method="PUT", times=1000)
+    with pytest.raises(
+        OutputError, match=r"cannot write s3://.*/model-00003-of-\d+.safetensors: access is refused"
+    ):
+        run(recipe, out)
+    left = {key.rpartition("/")[2] for key in object_store.keys(key_of(out) + "/")}
+    assert {"model-00001-of-00009.safetensors", "model-00002-of-00009.safetensors"} <= left
+    assert not {name for name in left if not name.endswith(".safetensors")}, "it looks finished"
+    with pytest.raises(RaymergeError):
+        raymerge.verify(out)
+    with pytest.raises(OutputError, match=r"an unfinished run for .* go on with --resume, or start anew"):
+        run(recipe, out)
+    with pytest.raises(OutputError, match="was planned from other inputs or options"):
+        run({**recipe, "dtype": "bfloat16"}, out, resume=True)
+    object_store.faults.clear()
+    object_store.forget()
+    result = run(recipe, out, resume=True)
+    written = [each.key.rpartition("/")[2] for each in object_store.requests if each.method == "PUT"]
+    assert result.num_resumed >= 2
+    assert result.totals.num_tasks == result.num_tasks - result.num_resumed
+    assert not {"model-00001-of-00009.safetensors", "model-00002-of-00009.safetensors"} & set(written)
+    order = [
+        name
+        for name in written
+        if name in ("config.json", "raymerge_manifest.json", "model.safetensors.index.json")
+    ]
+    assert order == ["config.json", "raymerge_manifest.json", "model.safetensors.index.json"]
+    assert written.index("config.json") > max(
+        i for i, name in enumerate(written) if name.endswith(".safetensors")
+    )
+    local = run(recipe, str(tmp_path / "local"))
+    expected = {path.name: path.read_bytes() for path in Path(local.outputs[0]).iterdir()}
+    assert contents(object_store, out).items() <= expected.items()
+    assert raymerge.verify(out).outputs[0].load is not None
+    assert not object_store.keys(f"{os.path.dirname(key_of(out))}/.{os.path.basename(out)}.raymerge/")
+
+
+def test_a_killed_run_is_resumed(recipe: Any, out: str, object_store: ObjectStore, tmp_path: Path) -> None:
+    """SIGKILL while the fourth file is uploaded: its lock does not keep the next run out."""
+    stalled = object_store.fail("stall", "model-00004-of", method="PUT", times=1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "raymerge", "merge", str(tmp_path / "recipe.yaml"), out, "--in-process"]
+    process = subprocess.Popen(
+        [*command, "--workers", "1", "--out-shard-size", "20KB"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        while not stalled.num_done:
+            assert process.poll() is None, process.communicate()
+    finally:
+        process.kill()
+        process.communicate()
+    assert not [key for key in object_store.keys(key_of(out) + "/") if not key.endswith(".safetensors")]
+    header, reports = read_journal(RemoteRunFolder(out, is_campaign=False).journal_path)
+    assert header["num_tasks"] == 9 and 0 < len(reports) < 9
+    result = run(str(tmp_path / "recipe.yaml"), out, resume=True)
+    assert result.num_resumed == len(reports)
+    assert raymerge.verify(out).outputs
+
+
+def test_an_existing_out_is_refused_or_replaced_whole(
+    recipe: Any, out: str, object_store: ObjectStore
+) -> None:
+    object_store.put_bytes(f"{key_of(out)}/config.json", b"{}")
+    object_store.put_bytes(f"{key_of(out)}/old/part.bin", b"old")
+    with pytest.raises(OutputError, match="exists; choose another folder or replace it with --overwrite"):
+        run(recipe, out)
+    run(recipe, out, overwrite=True)
+    assert f"{key_of(out)}/old/part.bin" not in object_store.keys(key_of(out))
+    assert raymerge.verify(out).outputs
+    with pytest.raises(OutputError, match=f"s3://{BUCKET} is a whole bucket; name a folder in it"):
+        run(recipe, f"s3://{BUCKET}")
+
+
+def test_a_refused_input_leaves_nothing(recipe: Any, out: str, object_store: ObjectStore) -> None:
+    with pytest.raises(CheckpointError):
+        run({**recipe, "base_model": f"s3://{BUCKET}/no/such/model"}, out)
+    assert not object_store.keys(os.path.dirname(key_of(out)) + "/." + os.path.basename(out))
+    assert not object_store.keys(key_of(out))
+
+
+def test_campaign_whose_second_recipe_uses_the_first(
+    recipe: Any, out: str, object_store: ObjectStore
+) -> None:
+    first = {**recipe, "name": "first"}
+    second = {**recipe, "name": "second", "models": [{"model": "first", "parameters": {"weight": 1.0}}]}
+    result = run(yaml.safe_dump_all([first, second]), out)
+    assert result.outputs == (f"{out}/first", f"{out}/second")
+    assert {each.folder for each in raymerge.verify(out).outputs} == set(result.outputs)
+
+
+def test_two_runs_on_one_out(recipe: Any, out: str, object_store: ObjectStore) -> None:
+    with RemoteRunFolder(out, is_campaign=False).locked():
+        with pytest.raises(OutputError, match=rf"another run is writing {out} \(process {os.getpid()} on "):
+            run(recipe, out)
+    run(recipe, out)
+
+
+def test_a_stale_lock_is_broken(recipe: Any, out: str, object_store: ObjectStore, monkeypatch: Any) -> None:
+    """A run of another machine is gone when its ticket has not been written for long."""
+    folder = RemoteRunFolder(out, is_campaign=False)
+    ticket = json.dumps({"host": "elsewhere", "pid": 1, "since": "then"}).encode()
+    object_store.put_bytes(f"{key_of(folder.path)}/lock-0123.json", ticket)
+    with pytest.raises(OutputError, match=r"another run is writing .* on elsewhere since then"):
+        run(recipe, out)
+    monkeypatch.setattr(store_lock, "STALE_SECONDS", -1.0)
+    run(recipe, out)
+
+
+def test_a_lock_that_was_broken_stops_its_owner(out: str, object_store: ObjectStore) -> None:
+    lock = store_lock.StoreLock(f"{out}/.run", out)
+    with lock.held():
+        lock.check_held()
+        for key in object_store.keys(f"{key_of(out)}/.run/"):
+            object_store._call("DELETE", f"/{BUCKET}/{key}")
+        with pytest.raises(OutputError, match=r"took .* over"):
+            lock.check_held()
+
+
+def context(**fields: Any) -> RunContext:
+    return RunContext(run_id="x", settings=(), device="cpu", num_threads=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault", "message"),
+    [
+        ({"visible_paths": (f"s3://{BUCKET}/not/there",)}, None, "does not see s3://models/not/there; check"),
+        ({"visible_paths": ("s3://nosuchbucket/x",)}, None, "does not (see|reach) s3://nosuchbucket/x"),
+        (
+            {"visible_paths": (f"s3://{BUCKET}/here",)},
+            ("GET", 9),
+            "does not reach s3://models/here: .*refused",
+        ),
+        (
+            {"writable_folders": (f"s3://{BUCKET}/here",)},
+            ("PUT", 9),
+            "cannot write under s3://models/here: .*refused",
+        ),
+    ],
+)
+def test_a_node_that_does_not_reach_a_bucket_is_named(
+    fields: Any, fault: tuple[str, int] | None, message: str, object_store: ObjectStore
+) -> None:
+    object_store.put_bytes("here/file", b"x")
+    if fault is not None:
+        object_store.fail("403", "", method=fault[0], times=fault[1])
+    worker = MergeWorker(context(**fields))
+    with pytest.raises(ClusterError, match=f"node {os.uname().nodename} {message}"):
+        worker.check()
+    worker.close()
+
+
+def test_no_secret_is_written_anywhere(
+    recipe: Any, out: str, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    result = run(recipe, out)
+    written = [object_store.get(key) for key in object_store.keys(key_of(out))]
+    for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
+        assert not any(secret.encode() in data for data in written)
+        assert secret not in repr(result)
+    with_secret = f"s3://AKIAEXAMPLE:hunter2hunter2@{BUCKET}/x"
+    for bad in ({**recipe, "base_model": with_secret}, recipe):
+        with pytest.raises(RaymergeError) as raised:
+            run(bad, str(tmp_path / "new") if bad is not recipe else with_secret)
+        assert "carries credentials" in str(raised.value) and "hunter2" not in str(raised.value)
+
+
+def test_on_ray(recipe: Any, out: str, object_store: ObjectStore, ray_session: None) -> None:
+    uris = {}
+    for path in (recipe["base_model"], *(model["model"] for model in recipe["models"])):
+        uris[path] = object_store.put(Path(path), f"runs/ray/{os.path.basename(path)}")
+    remote = {
+        **recipe,
+        "base_model": uris[recipe["base_model"]],
+        "models": [{**model, "model": uris[model["model"]]} for model in recipe["models"]],
+    }
+    result = run(remote, out, in_process=False, workers=2)
+    local = run(recipe, f"{out}-local")
+    assert contents(object_store, out) == contents(object_store, local.outputs[0])
+    assert result.totals.fetched_bytes > 0
