@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -40,12 +43,37 @@ class _LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        was_terminated = _terminate_as_interrupt()
         try:
             return super().invoke(ctx)
+        except (SystemExit, KeyboardInterrupt):
+            if was_terminated():
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
         except RaymergeError as error:
             if ctx.params.get("debug"):
                 raise
             raise click.ClickException(str(error)) from error
+
+
+def _terminate_as_interrupt() -> Callable[[], bool]:
+    """Let SIGTERM (of `ray job stop`, a batch system, Kubernetes) end a command as Ctrl-C does.
+
+    What can go on later is kept then.
+
+    Returns:
+        whether that happened.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not came:  # a second one comes while the first is being obeyed
+            came.append(number)
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+    return lambda: bool(came)
 
 
 @click.command(

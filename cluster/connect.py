@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -41,7 +43,12 @@ class Placement:
 
 @contextlib.contextmanager
 def connected(
-    *, address: str | None, in_process: bool, workers: int | None, device: Device
+    *,
+    address: str | None,
+    in_process: bool,
+    workers: int | None,
+    device: Device,
+    on_remark: Callable[[str], None] = lambda line: None,
 ) -> Iterator[tuple[WorkerGroup, Placement]]:
     """Give a worker group, not started yet, and take it down at the end.
 
@@ -50,6 +57,7 @@ def connected(
         in_process: run the workers on threads of this process, without Ray.
         workers: how many; None means all GPUs, or on CPUs one a core up to 16.
         device: where tensors are merged; "auto" takes GPUs if there are any.
+        on_remark: told what a user who waits for workers should know.
 
     Raises:
         ClusterError: the cluster cannot be reached, or has no GPU when one is asked for.
@@ -65,14 +73,18 @@ def connected(
             group.close()
         return
     with ray_session(address):
-        import ray
-
         from raymerge.cluster.ray_group import RayGroup
 
-        resources = ray.cluster_resources()
-        placement = _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
-        is_cuda = placement.device == "cuda"
-        group = RayGroup(placement.num_workers, num_cpus=1, num_gpus=1 if is_cuda else 0)
+        placement = _place_on_cluster(workers, device)
+        # Nodes that join take work too, unless the user said how many workers there are.
+        grows = workers is None
+        group = RayGroup(
+            placement.num_workers,
+            num_cpus=1,
+            num_gpus=1 if placement.device == "cuda" else 0,
+            how_many=(lambda: _place_on_cluster(None, placement.device).num_workers) if grows else None,
+            on_remark=on_remark,
+        )
         try:
             yield group, placement
         finally:
@@ -104,10 +116,7 @@ def connected_for_statistics(
             group: ActivationGroup = ThreadGroup(placement.num_workers)
         else:
             stack.enter_context(ray_session(address))
-            import ray
-
-            resources = ray.cluster_resources()
-            placement = _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+            placement = _place_on_cluster(workers, device)
             group = RayActivationGroup(placement.num_workers, num_gpus=1 if placement.device == "cuda" else 0)
         stack.callback(group.close)
         yield group, placement
@@ -123,6 +132,19 @@ def choose_device(device: Device, num_gpus: int) -> Literal["cpu", "cuda"]:
     if chosen == "cuda" and not num_gpus:
         raise ClusterError("--device cuda: no GPU is to be seen here; use --device cpu, or another cluster")
     return chosen
+
+
+def _place_on_cluster(workers: int | None, device: Device) -> Placement:
+    """Return where a run goes on the cluster that this process is connected to.
+
+    GPUs that are asked for by number may still have to be started, by a cluster that scales.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    if device == "cuda" and workers is not None and not resources.get("GPU"):
+        return Placement(workers, "cuda", 1)
+    return _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
 def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:
@@ -153,6 +175,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if is_main else None
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -166,6 +190,9 @@ def ray_session(address: str | None) -> Iterator[None]:
             )
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    finally:
+        if handler is not None:  # Ray puts its own in place, which ends the process in the middle
+            signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

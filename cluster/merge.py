@@ -106,7 +106,11 @@ def merge(
         remark(line)
     folder = open_run_folder(os.fspath(out), is_campaign=len(read) > 1)
     workers = workers or connected(
-        address=options.address, in_process=options.in_process, workers=options.workers, device=options.device
+        address=options.address,
+        in_process=options.in_process,
+        workers=options.workers,
+        device=options.device,
+        on_remark=remark,
     )
     run = _Run(folder, options, workers, remark, show_progress)
     outputs = _run_to_commit(run, read)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -22,8 +24,14 @@ from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.ray_worker import RayMergeWorker
 from raymerge.merge_actors.task import FileTask, MeasureTask, MergeTask, RunContext, SolveTask
 
-#: How long to wait for the cluster to give any worker before saying what is missing.
+#: How long to wait for any worker from a cluster that has not enough for one, before saying what is missing.
 START_SECONDS = 300.0
+#: How long to wait for any worker from a cluster that is busy with other work.
+BUSY_SECONDS = 3600.0
+#: How often to say that we wait, and how often to look for nodes that have joined.
+_REMARK_SECONDS, _GROW_SECONDS = 60.0, 5.0
+#: What Ray says of a worker that was killed for its memory.
+_MEMORY = re.compile(r"out of memory|OutOfMemory|\bOOM\b|low on memory", re.IGNORECASE)
 #: Losses of workers that a run survives, per worker asked for.
 LOSSES_PER_WORKER = 3
 
@@ -31,9 +39,29 @@ LOSSES_PER_WORKER = 3
 class RayGroup:
     """Actors on a Ray cluster that this process is connected to."""
 
-    def __init__(self, num_workers: int, *, num_cpus: float, num_gpus: float) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        num_cpus: float,
+        num_gpus: float,
+        how_many: Callable[[], int] | None = None,
+        on_remark: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Describe the actors.
+
+        Args:
+            num_workers: how many; those that the cluster cannot place yet join when it can.
+            num_cpus: of each.
+            num_gpus: of each.
+            how_many: says how many the cluster has room for by now; None keeps to `num_workers`.
+            on_remark: told what a user who waits should know.
+        """
         self._num_workers = num_workers
         self._options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        self._how_many, self._on_remark = how_many, on_remark
+        self._run_context: RunContext | None = None
+        #: the same in Ray's store
         self._context: Any = None
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
@@ -41,8 +69,8 @@ class RayGroup:
         self._next_number = 0
         self._run = -1
         self._losses_left = LOSSES_PER_WORKER * num_workers
-        #: when there was a worker last
-        self._last_alive = 0.0
+        #: when there was a worker last, when the user was told that there is none, when we looked for new nodes
+        self._last_alive = self._last_remark = self._last_look = 0.0
 
     def start(self, context: RunContext) -> None:
         """Set all actors up and return when the first is ready; the others join as they come.
@@ -52,7 +80,7 @@ class RayGroup:
         Raises:
             ClusterError: no worker came up in time, or a node does not see a path.
         """
-        self._context = ray.put(context)
+        self._run_context, self._context = context, ray.put(context)
         self._run += 1
         self._losses_left = LOSSES_PER_WORKER * self._num_workers
         actors = {**self._actors, **dict(self._starting.values())}
@@ -61,7 +89,7 @@ class RayGroup:
             self._set_up(number, actor)
         while len(self._starting) < self._num_workers:
             self._launch()
-        self._last_alive = time.monotonic()
+        self._last_alive = self._last_remark = self._last_look = time.monotonic()
         while not self._actors:
             for event in self.wait(1.0):
                 if isinstance(event, Failed):
@@ -76,7 +104,10 @@ class RayGroup:
         deadline = time.monotonic() + START_SECONDS
         while self._starting:
             if time.monotonic() > deadline:
-                raise ClusterError(_shortage(self._options, self._num_workers))
+                raise ClusterError(
+                    f"not all workers could be started in {START_SECONDS:g} s: "
+                    + _shortage(self._options, self._num_workers)
+                )
             for event in self.wait(1.0):
                 if isinstance(event, Failed):
                     raise event.error
@@ -105,10 +136,7 @@ class RayGroup:
         Raises:
             ClusterError: for a long time there was no worker at all, or too many were lost.
         """
-        if self._actors:
-            self._last_alive = time.monotonic()
-        elif time.monotonic() - self._last_alive > START_SECONDS:
-            raise ClusterError(_shortage(self._options, self._num_workers))
+        self._look_after_the_cluster()
         waiting = [*self._in_flight, *self._starting]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready:  # everything else that is there already, in one sweep
@@ -136,6 +164,25 @@ class RayGroup:
             ray.kill(actor)
         self._actors, self._starting, self._in_flight = {}, {}, {}
 
+    def _look_after_the_cluster(self) -> None:
+        """Complain if there has been no worker for long, and start more where nodes have joined."""
+        now = time.monotonic()
+        if self._actors:
+            self._last_alive = now
+            if self._how_many is not None and now - self._last_look > _GROW_SECONDS:
+                self._last_look = now
+                while self._num_workers < self._how_many():
+                    self._num_workers += 1
+                    self._launch()
+        elif now - self._last_alive > (BUSY_SECONDS if _fits(self._options) else START_SECONDS):
+            raise ClusterError(
+                f"no worker could be started in {now - self._last_alive:.0f} s: "
+                + _shortage(self._options, self._num_workers)
+            )
+        elif now - self._last_remark > _REMARK_SECONDS:
+            self._last_remark = now
+            self._on_remark(f"waiting for workers: {_shortage(self._options, self._num_workers)}")
+
     def _launch(self) -> None:
         number = self._next_number
         self._next_number += 1
@@ -162,7 +209,11 @@ class RayGroup:
         try:
             return [Done(worker, instruction, ray.get(reference, timeout=60))]
         except RayTaskError as error:
-            return [Failed(worker, instruction, _cause(error))]
+            cause = _cause(error)
+            if not _is_memory(cause):
+                return [Failed(worker, instruction, cause)]
+            self._in_flight[reference] = (worker, instruction)
+            return self._lose(worker, f"out of memory: {cause}")
         except (
             ActorDiedError,
             ActorUnavailableError,
@@ -182,6 +233,12 @@ class RayGroup:
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
+        if _MEMORY.search(reason):
+            # Kernel or Ray took the memory back; the next one makes do with less.
+            assert self._run_context is not None
+            self._run_context = dataclasses.replace(self._run_context, thrift=self._run_context.thrift + 1)
+            self._context = ray.put(self._run_context)
+            self._on_remark("a worker ran out of memory: its successor holds less of the inputs at once")
         self._losses_left -= 1
         if self._losses_left < 0:
             raise ClusterError(
@@ -198,6 +255,12 @@ def _cause(error: RayTaskError) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
+def _is_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host's or the device's memory is used up."""
+    is_allocation = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_allocation
+
+
 def _shortage(options: Mapping[str, Any], num_workers: int) -> str:
     """Say what was asked of the cluster and what it has."""
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -205,4 +268,10 @@ def _shortage(options: Mapping[str, Any], num_workers: int) -> str:
     have = ", ".join(
         f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
     )
-    return f"no worker could be started in {START_SECONDS:g} s: asked for {asked}, the cluster has {have}"
+    return f"asked for {asked}, the cluster has {have}"
+
+
+def _fits(options: Mapping[str, Any]) -> bool:
+    """Return whether the cluster has what one worker needs, be it busy or not."""
+    total = ray.cluster_resources()
+    return bool(total.get("CPU", 0) >= options["num_cpus"] and total.get("GPU", 0) >= options["num_gpus"])

@@ -308,6 +308,9 @@ class RunContext:
     """URIs under which every worker must be able to write."""
     stage: str | None = None
     """Folder on each node's own disk for ranges of remote inputs, and for outputs before their upload."""
+    thrift: int = 0
+    """How often memory ran out so far: from the first time on a worker has one task under way and not two,
+    and each time it takes half as much of an input at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
