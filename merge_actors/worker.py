@@ -70,6 +70,8 @@ if TYPE_CHECKING:
 #: Tasks of one worker that are under way at once: one is read while another is merged.
 NUM_LANES = 2
 #: Bytes of one input in a chunk on a GPU: launches and copies want it long.
+#: A chunk is never cut smaller than this many times, however often memory ran out.
+_MOST_HALVINGS = 4
 _CUDA_CHUNK_BYTES = 256 << 20
 #: The same where an input comes over the network: all ranges of a task are in flight together.
 _REMOTE_CHUNK_BYTES = 256 << 20
@@ -114,12 +116,14 @@ class MergeWorker:
         is_cpu = context.device == "cpu"
         self._files: Files = files or StorageFiles(context.stage)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        for _ in range(NUM_LANES):
+        for _ in range(1 if context.thrift else NUM_LANES):
             self._lanes.put(Lane("cpu" if is_cpu else "cuda", gpu))
         self._kernels = load_kernels() if is_cpu else Kernels(None)
         # A CPU's cores are shared by the lanes: merging two tasks at once would only thrash
         # the cache. On a GPU each lane has a stream of its own.
-        self._chunk_bytes = CHUNK_BYTES if is_cpu else _CUDA_CHUNK_BYTES
+        self._chunk_bytes = (CHUNK_BYTES if is_cpu else _CUDA_CHUNK_BYTES) >> min(
+            context.thrift, _MOST_HALVINGS
+        )
         self._prepared: dict[int, bool] = {}
         self._merging: threading.Lock | None = threading.Lock() if is_cpu else None
         self._importing = threading.Lock()
