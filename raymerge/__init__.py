@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raymerge.cluster.grid import GridResult
     from raymerge.cluster.evaluate import Evaluation, EvaluationResult
+    from raymerge.cluster.grid import GridResult
     from raymerge.cluster.inspect import Inspection
     from raymerge.cluster.merge import MergeResult
     from raymerge.cluster.session import Session as Session

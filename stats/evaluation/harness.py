@@ -7,6 +7,7 @@ document are kept and pooled here. Verified with lm_eval 0.4.13.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,12 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.data_rows import choose
 from raymerge.stats.evaluation import metrics as formulas
 from raymerge.stats.evaluation.prepared import PreparedTask
 from raymerge.stats.evaluation.scores import Estimate, Scores
-from raymerge.stats.evaluation.task_spec import ModelKind, Split, TaskSpec
+from raymerge.stats.evaluation.task_spec import EvaluationError, ModelKind, Split, TaskSpec
 
 if TYPE_CHECKING:
     from raymerge.stats.evaluation.resident import ResidentModel
@@ -37,6 +37,8 @@ _LOSSES = (
 )
 #: The harness draws few-shot examples by this seed unless told otherwise.
 _FEWSHOT_SEED = 1234
+#: A task of the harness keeps its requests in itself, so that two threads cannot run it.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,7 @@ class HarnessTask(TaskSpec):
     kind: ClassVar[str] = "harness"
     needs_data: ClassVar[bool] = False
     takes_encoder_decoder: ClassVar[bool] = True
+    shares_model: ClassVar[bool] = False
 
     task: str
     """Its name there: a task, a group or a tag."""
@@ -119,7 +122,6 @@ class PreparedHarness(PreparedTask):
     def __init__(self, task: HarnessTask, split: Split, model_folder: str) -> None:
         """Load the tasks."""
         self._loaded = _load(task, split)
-        self._wrapped: tuple[Any, Any] | None = None
         num = len(self._loaded.documents)
         order = np.random.default_rng(0).permutation(num)
         step = task.batch_documents
@@ -135,15 +137,16 @@ class PreparedHarness(PreparedTask):
         wanted = [self._loaded.documents[i] for i in batch]
         names = list(dict.fromkeys(name for name, _ in wanted))
         numbers = {name: [number for each, number in wanted if each == name] for name in names}
-        found = evaluate(
-            lm=self._language_model(model),
-            task_dict={"tasks": {name: self._loaded.tasks[name] for name in names}, "groups": {}},
-            samples=numbers,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=self.task.chat_template,
-            fewshot_as_multiturn=self.task.chat_template,
-        )
+        with _ONE_AT_A_TIME:
+            found = evaluate(
+                lm=self._language_model(model),
+                task_dict={"tasks": {name: self._loaded.tasks[name] for name in names}, "groups": {}},
+                samples=numbers,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=self.task.chat_template,
+                fewshot_as_multiturn=self.task.chat_template,
+            )
         values: dict[str, dict[tuple[str, int], Any]] = {metric: {} for metric in self.task.metrics}
         for name in names:
             for sample in found["samples"][name]:
@@ -158,17 +161,16 @@ class PreparedHarness(PreparedTask):
         """Return the harness' wrapper around the resident model; it is kept from batch to batch."""
         from lm_eval.models.huggingface import HFLM
 
-        module = model.module(self.task)
-        if self._wrapped is None or self._wrapped[0] is not module:
-            wrapper = HFLM(
+        if self.task.name not in model.companions:
+            module = model.module(self.task)
+            model.companions[self.task.name] = HFLM(
                 pretrained=module,
                 tokenizer=model.tokenizer,
                 backend="seq2seq" if module.config.is_encoder_decoder else "causal",
                 batch_size=self.task.batch_sequences,
                 max_length=self.task.max_length,
             )
-            self._wrapped = module, wrapper
-        return self._wrapped[1]
+        return model.companions[self.task.name]
 
     def _summarise(self, scores: Scores) -> dict[str, Estimate]:
         found = {}
@@ -196,9 +198,7 @@ def _column(
     """Lay a metric's values into an array: numbers, or whatever the harness aggregates, as objects."""
     missing = [place for place in documents if place not in found]
     if missing:
-        raise RecipeError(
-            f"{task.where or task.name}.metrics: {missing[0][0]} yields no {metric!r} per document."
-        )
+        raise EvaluationError(f"{task.name}: {missing[0][0]} yields no {metric!r} for a document.")
     values = [found[place] for place in documents]
     if all(isinstance(value, int | float | np.number | np.bool_) for value in values):
         return np.array(values, dtype=np.float64)

@@ -57,6 +57,7 @@ class PythonTask(TaskSpec):
     kind: ClassVar[str] = "python"
     needs_data: ClassVar[bool] = False
     takes_encoder_decoder: ClassVar[bool] = True
+    shares_model: ClassVar[bool] = False
 
     callable: str
     """"module:function"; with `file`, "function" is enough."""

@@ -18,7 +18,7 @@ from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.files import LocalFiles
 from raymerge.stats.evaluation.fused import Part, find_parts
 from raymerge.stats.evaluation.structures import Structure, build_structure
-from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
+from raymerge.stats.evaluation.task_spec import TaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -77,12 +77,13 @@ class ResidentModel:
         """
         self.folder, self.device, self.dtype = folder, device, dtype
         self._tokenizer: Any = None
-        self._structures: dict[tuple[ModelKind, str | None], Structure] = {}
+        self._structures: dict[tuple[str | None, ...], Structure] = {}
+        self.companions: dict[str, Any] = {}
+        """What a task made around this model and keeps with it, by the task's name."""
         self._copies = _Copies()
         for task in tasks:
-            key = (task.model_kind, task.head_folder)
-            if key not in self._structures:
-                self._structures[key] = build_structure(task, folder)
+            if _key(task) not in self._structures:
+                self._structures[_key(task)] = build_structure(task, folder)
 
     @property
     def tokenizer(self) -> Any:
@@ -95,7 +96,7 @@ class ResidentModel:
 
     def module(self, task: TaskSpec) -> Any:
         """Return the transformers model that a task runs, in eval mode."""
-        return self._structures[task.model_kind, task.head_folder].module
+        return self._structures[_key(task)].module
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that tensors of these names and shapes make every model, before there are any.
@@ -172,6 +173,11 @@ class ResidentModel:
             structure.module.get_submodule(module_name)._buffers[last] = moved
             if name in tensors and tensors[name].shape == moved.shape:
                 self._copies.pairs.append((moved, tensors[name]))
+
+
+def _key(task: TaskSpec) -> tuple[str | None, ...]:
+    """Tell models apart: tasks with one key run the same modules."""
+    return (task.model_kind, task.head_folder, None if task.shares_model else task.name)
 
 
 def load_resident(

@@ -37,6 +37,8 @@ class TaskSpec:
 
     takes_encoder_decoder: ClassVar[bool] = False
     """Whether an encoder-decoder can be its language model."""
+    shares_model: ClassVar[bool] = True
+    """Whether it leaves the model's modules as they are, so that other tasks can run them at the same time."""
 
     name: str
     """Unique in the section; the first part of its metrics' names."""
@@ -62,6 +64,12 @@ class TaskSpec:
                 raise self.error(name, f"{value} is too few; it must be at least 1.")
         if self.needs_data and self.validation is None and self.test is None:
             raise self.error("validation", "missing; name the data that the task scores.")
+        for split, given in (("validation", self.validation), ("test", self.test)):
+            if isinstance(given, Mapping) and not {"source"} <= given.keys() <= {"source", "config", "split"}:
+                raise self.error(
+                    split,
+                    f"it has the keys {', '.join(given)}; write {{source: ..., config: ..., split: ...}}.",
+                )
 
     def error(self, key: str, reason: str) -> RecipeError:
         """Make an error that carries the key path."""
