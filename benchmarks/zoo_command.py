@@ -31,6 +31,12 @@ def read_options(doc: str) -> argparse.Namespace:
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="PATTERN", help='points to leave out: "fisher_*"'
     )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the evaluation's matrix products; bf16 (autocast) is faster where the processor has it",
+    )
     parser.add_argument("--threads", type=int, default=2, help="of torch, for the evaluation")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the kept files")
     options = parser.parse_args()
@@ -57,7 +63,7 @@ def new_report(
 ) -> Report:
     """Return a report that names the zoo by its contents and the command that made it."""
     about = json.loads((options.zoo / "zoo.json").read_text())
-    words = [Path(sys.argv[0]).name, "ZOO", "OUT"]
+    words = [Path(sys.argv[0]).name, "ZOO", "OUT", "--precision", options.precision]
     for name in ("settings", "skip"):
         if getattr(options, name):
             words += [f"--{name}", *getattr(options, name)]
@@ -68,7 +74,7 @@ def new_report(
             "command": f"`python benchmarks/{' '.join(words)}`",
             "zoo.json": hashlib.sha256((options.zoo / "zoo.json").read_bytes()).hexdigest()[:16],
             "tokens of a text": about["max_length"],
-            "evaluation": f"float32 on {options.threads} threads",
+            "evaluation": f"{options.precision} on {options.threads} threads",
             **(more or {}),
         },
     )

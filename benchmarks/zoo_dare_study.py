@@ -25,7 +25,7 @@ from zoo_scores import Answers, Examination, joined
 
 #: Drop rates.
 SINGLE_DROPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
-MERGE_DROPS = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
+MERGE_DROPS = (0.0, 0.5, 0.9, 0.99)
 #: What is dropped from one model, and how: parameters of a `random` step.
 VARIANTS: dict[str, dict[str, Any]] = {
     "DARE": {},
@@ -55,21 +55,21 @@ MERGE_WAYS = (
         method="task_arithmetic",
         fixed={},
         axis="weight",
-        values=(0.2, 0.3, 0.5, 0.7, 1.0),
+        values=(0.3, 0.5, 0.7, 1.0),
     ),
     MergeWay(
         name="TIES 20 %",
         method="ties",
         fixed={"weight": 1.0, "density": 0.2},
         axis="lambda",
-        values=(0.5, 1.0, 1.5, 2.0, 3.0),
+        values=(1.0, 1.5, 2.0, 3.0),
     ),
     MergeWay(
         name="TIES 100 %",
         method="ties",
         fixed={"weight": 1.0, "density": 1.0},
         axis="lambda",
-        values=(0.5, 1.0, 1.5, 2.0, 3.0),
+        values=(1.0, 1.5, 2.0, 3.0),
     ),
     MergeWay(name="Fisher", method="fisher", fixed={"normalize": "none"}, data={"samples": FISHER_SAMPLES}),
     MergeWay(name="RegMean", method="regmean", fixed={"alpha": ALPHA}, data={"samples": GRAM_SAMPLES}),
@@ -131,10 +131,10 @@ def main() -> None:
         singles = []
         for single in single_settings(setting):
             points = without_skipped(single_points(single), options.skip)
-            examination = Examination(options.zoo, options.out, single)
+            examination = Examination(options.zoo, options.out, single, options.precision)
             singles.append((points, examination.ask(points, ["test"])))
         merges = without_skipped(merge_points(setting), options.skip)
-        examination = Examination(options.zoo, options.out, setting)
+        examination = Examination(options.zoo, options.out, setting, options.precision)
         validation = examination.ask(merges, ["validation"])
         best = chosen(merges, validation)
         answers = joined(validation, examination.ask(list(best.values()), ["test"]))

@@ -25,7 +25,7 @@ from zoo_pictures import COLOURS, panels
 from zoo_points import Point, ZooSetting, read_settings
 from zoo_scores import Answers, Examination
 
-OMEGAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+OMEGAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GENERAL = "domains/models/joint"
 #: Name of the sweep that adds every skill.
 ALL = "all skills"
@@ -60,6 +60,9 @@ def sweep_points(setting: ZooSetting, steps: Mapping[str, int]) -> Iterator[Poin
     for sweep in (*skills, ALL):
         members = list(skills) if sweep == ALL else [sweep]
         rule = {name: steps[name] / steps["general"] for name in members}
+        yield Point(
+            name=f"{sweep}_0", row="", folder=GENERAL, axes={"sweep": sweep, "omega": "0", "weights": {}}
+        )
         omegas = [(f"{omega:g}", dict.fromkeys(members, omega)) for omega in OMEGAS]
         for label, weights in (*omegas, ("rule", rule)):
             models: list[dict[str, Any]] = [{"model": GENERAL, "parameters": {"weight": 1.0}}]
@@ -86,7 +89,14 @@ def main() -> None:
     setting = skills_setting(settings["domains"], settings["tasks"])
     steps = num_steps(options.zoo)
     points = without_skipped(sweep_points(setting, steps), options.skip)
-    answers = Examination(options.zoo, options.out, setting).ask(points, ["validation", "test"])
+    answers: dict[str, Answers] = {}
+    for sweep in dict.fromkeys((point.axes or {})["sweep"] for point in points):
+        of_sweep = [point for point in points if (point.axes or {})["sweep"] == sweep]
+        probes = tuple(each for each in setting.probes if each.group != "tasks" or sweep in (each.name, ALL))
+        examination = Examination(
+            options.zoo, options.out, replace(setting, probes=probes), options.precision
+        )
+        answers |= examination.ask(of_sweep, ["validation", "test"])
     report = new_report("zoo_merge_to_learn", "Merge to Learn on real fine-tuned encoders", options)
     _write(report, report.path(options.results), setting, points, answers, steps)
     report.write(options.results)

@@ -16,8 +16,8 @@ from raymerge.merge_actors.methods import METHODS
 
 #: The settings whose recipes are not a curve: RegMean's defaults, and the samples of each kind of statistics.
 ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 128
-ALPHAS = (*(step / 10 for step in range(10)), 0.95, 1.0)
-SAMPLES = (1, 4, 16, 64, 256, 1000)
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
+SAMPLES = (1, 8, 64, 1000)
 ESTIMATORS = ("expected", "sampled", "empirical")
 _WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _LAMBDAS = (0.5, 1.0, 1.5, 2.0, 3.0)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,34 @@ Answers = dict[str, dict[str, list[bool]]]
 class Examiner:
     """Models of a zoo that take merged weights and answer; each structure and data set is read once."""
 
-    def __init__(self, zoo: Path) -> None:
-        """Examine with the data and the tokenizer of a zoo."""
-        self.zoo = zoo
+    def __init__(self, zoo: Path, precision: str) -> None:
+        """Examine with the data and the tokenizer of a zoo, in "fp32", or "bf16" under autocast."""
+        self.zoo, self.precision = zoo, precision
         self._models: dict[str, Any] = {}
         self._data: dict[Path, list[tuple[list[int], int]]] = {}
 
-    def answers(self, folder: Path, setting: ZooSetting, splits: Sequence[str]) -> Answers:
-        """Return, for every probe and split of it that exists, which examples a checkpoint labels right."""
+    def answers(
+        self, folder: Path, setting: ZooSetting, wanted: Iterable[tuple[str, Probe]]
+    ) -> dict[str, list[bool]]:
+        """Return which examples a checkpoint labels right.
+
+        Args:
+            folder: the checkpoint.
+            setting: that it belongs to.
+            wanted: splits of probes; those that do not exist are left out.
+
+        Returns:
+            by `answers_id`.
+        """
         weights = {
             name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()
         }
-        found: Answers = {}
-        for probe in setting.probes:
-            model = self._model_with(weights, setting, probe)
-            found[probe.name] = {
-                split: self._answer(model, data, setting.max_length)
-                for split in splits
-                if (data := self.zoo / probe.data / f"{split}.parquet").exists()
-            }
+        found = {}
+        for split, probe in wanted:
+            data = self.zoo / probe.data / f"{split}.parquet"
+            if data.exists():
+                model = self._model_with(weights, setting, probe)
+                found[answers_id(split, probe)] = self._answer(model, data, setting.max_length)
         return found
 
     def _model_with(self, weights: dict[str, torch.Tensor], setting: ZooSetting, probe: Probe) -> Any:
@@ -71,7 +80,7 @@ class Examiner:
         examples = self._read(data, max_length)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
         right = [False] * len(examples)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             for begin in range(0, len(order), _BATCH):
                 chosen = order[begin : begin + _BATCH]
                 width = max(len(examples[i][0]) for i in chosen)
@@ -100,12 +109,13 @@ class Examination:
     The working folder must be the zoo: recipes name models relative to it.
     """
 
-    def __init__(self, zoo: Path, work: Path, setting: ZooSetting) -> None:
+    def __init__(self, zoo: Path, work: Path, setting: ZooSetting, precision: str = "fp32") -> None:
         """Keep answers under `work`; those of earlier runs are found there."""
         names = [probe.name for probe in setting.probes]
         assert len(set(names)) == len(names), f"probes share a name: {names}"
         self.work, self.setting = work, setting
-        self._examiner = Examiner(zoo)
+        self._examiner = Examiner(zoo, precision)
+        self._said: set[str] = set()
 
     def ask(self, points: Sequence[Point], splits: Sequence[str]) -> dict[str, Answers]:
         """Return the answers of points on some splits of the probes' data, by the points' names."""
@@ -116,35 +126,46 @@ class Examination:
 
     def _ask(self, session: raymerge.Session, point: Point, splits: Sequence[str]) -> Answers:
         file = self.work / "answers" / f"{self._key(point)}.json"
-        kept = json.loads(file.read_text()) if file.exists() else {}
-        missing = [split for split in splits if split not in kept]
+        kept: dict[str, list[bool]] = json.loads(file.read_text()) if file.exists() else {}
+        wanted = [
+            (split, probe)
+            for split in splits
+            for probe in self.setting.probes
+            if (self._examiner.zoo / probe.data / f"{split}.parquet").exists()
+        ]
+        missing = [each for each in wanted if answers_id(*each) not in kept]
         if missing:
             kept |= self._examine(session, point, missing)
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(kept))
             part.rename(file)
-        names = [probe.name for probe in self.setting.probes]
-        return {name: {split: kept[split][name] for split in splits if name in kept[split]} for name in names}
+        found: Answers = {}
+        for split, probe in wanted:
+            found.setdefault(probe.name, {})[split] = kept[answers_id(split, probe)]
+        return found
 
     def _examine(
-        self, session: raymerge.Session, point: Point, splits: Sequence[str]
-    ) -> dict[str, dict[str, list[bool]]]:
-        """Return the answers by split and probe."""
+        self, session: raymerge.Session, point: Point, wanted: Sequence[tuple[str, Probe]]
+    ) -> dict[str, list[bool]]:
         begin, folder = time.perf_counter(), self._examiner.zoo / point.folder
         merged = self.work / f"merged-{os.getpid()}"
         if point.recipe is not None:
             folder = merged
             for line in session.merge(point.recipe, merged, overwrite=True, strict=True).remarks:
-                print(f"  {line}", flush=True)
+                if line not in self._said:
+                    print(f"  {line}", flush=True)
+                self._said.add(line)
         merge_seconds = time.perf_counter() - begin
-        answers = self._examiner.answers(folder, self.setting, splits)
+        found = self._examiner.answers(folder, self.setting, wanted)
         shutil.rmtree(merged, ignore_errors=True)
         seconds = time.perf_counter() - begin
-        found = {split: {name: of[split] for name, of in answers.items() if split in of} for split in splits}
-        for split, of in found.items():
-            shares = ", ".join(f"{name} {100 * sum(each) / len(each):.1f}" for name, each in of.items())
-            print(f"{self.setting.name}/{point.name}, {split}: {shares}", flush=True)
+        shares = ", ".join(
+            f"{probe.name} {split} {100 * sum(each) / len(each):.1f}"
+            for split, probe in wanted
+            for each in [found[answers_id(split, probe)]]
+        )
+        print(f"{self.setting.name}/{point.name}: {shares}", flush=True)
         print(f"  merged in {merge_seconds:.1f} s, asked in {seconds - merge_seconds:.1f} s", flush=True)
         return found
 
@@ -154,11 +175,16 @@ class Examination:
             (self._examiner.zoo / "zoo.json").read_text(),
             point.recipe,
             point.folder,
-            [(probe.name, probe.data, probe.head) for probe in self.setting.probes],
             self.setting.max_length,
+            self._examiner.precision,
             [importlib.metadata.version(name) for name in ("raymerge", "torch", "transformers")],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def answers_id(split: str, probe: Probe) -> str:
+    """Return the key of a point's answers to one split of a probe."""
+    return f"{probe.data}/{split} {probe.head or ''}".strip()
 
 
 def joined(*answers: Mapping[str, Answers]) -> dict[str, Answers]:

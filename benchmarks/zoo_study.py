@@ -21,7 +21,7 @@ def main() -> None:
     options = read_options(__doc__ or "")
     studies = [
         examine_study(
-            Examination(options.zoo, options.out, setting),
+            Examination(options.zoo, options.out, setting, options.precision),
             without_skipped(study_points(setting), options.skip),
         )
         for setting in read_settings(options.zoo)
