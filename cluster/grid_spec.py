@@ -13,6 +13,7 @@ A grid file is a recipe plus these keys:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from array import array
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,8 @@ def read_grid(source: GridSource, *, is_search: bool = False, seed: int | None =
     dimensions = read_dimensions(raw["grid"], origin, is_search=is_search)
     axes = {axis.name: axis for dimension in dimensions for axis in dimension.axes}
     lets = _read_lets(raw.get("let"), origin, axes)
+    dimensions = _with_constants(dimensions, lets, origin)
+    axes = {axis.name: axis for dimension in dimensions for axis in dimension.axes}
     names = [*axes, *lets]
     template = {
         key: value for key, value in raw.items() if key not in (*GRID_KEYS, "search") and key[:2] != "x-"
@@ -242,6 +245,24 @@ def _read_lets(raw: Any, origin: Origin, axes: Mapping[str, Axis]) -> dict[str, 
             raise origin.error(key, f"{reason}; choose another name.")
         lets[name] = _expression(text, [*axes, *lets], origin, key)
     return lets
+
+
+def _with_constants(
+    dimensions: tuple[Dimension, ...], lets: Mapping[str, Expression], origin: Origin
+) -> tuple[Dimension, ...]:
+    """Put names that depend on no axis in place: `[0, 0.5, $rule]` becomes a list of numbers."""
+    constants: dict[str, Value] = {}
+    for name, expression in lets.items():
+        if expression.names <= set(constants):
+            try:
+                constants[name] = expression.evaluate(constants)
+            except ValueError as error:
+                raise origin.error(join("let", name), f"{error}.") from None
+
+    def placed(axis: Axis) -> Axis:
+        return dataclasses.replace(axis, values=tuple(replace(value, constants) for value in axis.values))
+
+    return tuple(Dimension(tuple(map(placed, dimension.axes))) for dimension in dimensions)
 
 
 def _read_where(raw: Any, origin: Origin, names: Sequence[str]) -> tuple[Expression, ...]:

@@ -110,6 +110,14 @@ grid:
     assert recipes[1]["models"] == [{"model": "a", "parameters": {"weight": 0.5}}, "c"]
 
 
+def test_constants_stand_in_axes_as_numbers(tmp_path: Path) -> None:
+    spec = _spec(
+        tmp_path, GOOD.replace("{w: [1, 2]}", '{w: [0, "$rule", 1]}\nlet: {steps: 500, rule: steps / 2000}')
+    )
+    assert spec.axes[0].values == (0, 0.25, 1)
+    assert [spec.combination(index)["w"] for index in spec.kept] == [0, 0.25, 1]
+
+
 def test_seeds_become_the_seed_of_the_recipe(tmp_path: Path) -> None:
     spec = _spec(tmp_path, GOOD.replace("{w: [1, 2]}", "{w: [1], seeds: 2}"))
     assert [each["seed"] for each in _recipes(spec)] == [0, 1]
