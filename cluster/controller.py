@@ -29,12 +29,14 @@ from raymerge.cluster.worker_group import (
     WorkerGroup,
 )
 from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.prepare import (
     Preparation,
     Round,
     TensorState,
     model_wide_preparation,
+    model_wide_steps,
     preparation,
 )
 from raymerge.merge_actors.task import (
@@ -57,6 +59,7 @@ class _Gathering:
 
     plan: StatePlan
     questions: Preparation
+    known: TensorState
     answers: dict[tuple[str, int], MeasureReport] = field(default_factory=dict)
 
 
@@ -108,7 +111,19 @@ class Controller:
         journal: Journal,
         on_progress: Callable[[Totals], None] = lambda totals: None,
         in_flight: InFlight | None = None,
+        known: KnownStates | None = None,
     ) -> None:
+        """Take a plan.
+
+        Args:
+            plan: what is to be done.
+            group: who does it.
+            journal: what has been done already.
+            on_progress: called now and then with what was done in this run.
+            in_flight: remembers who has which task.
+            known: what earlier runs measured on the same models.
+        """
+        self._known = known
         self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
         self.totals = Totals()
         self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
@@ -210,12 +225,19 @@ class Controller:
                 return False
             name, settings = self._plan.settings[plan.settings]
             known = self._states.get(plan.known) if plan.known is not None else None
+            if self._known is not None:
+                known = self._recall(plan, known or TensorState())
+                if plan.is_model_wide:
+                    if self._is_complete(plan, known):
+                        self._states[number] = known
+                        continue
+                    known = None
             questions = (
                 model_wide_preparation(METHODS[name], settings, plan.num_elements, SPARSIFIERS)
                 if plan.is_model_wide
                 else preparation(METHODS[name], settings, plan.num_elements, SPARSIFIERS, known)
             )
-            self._gathering[number] = _Gathering(plan, questions)
+            self._gathering[number] = _Gathering(plan, questions, known or TensorState())
             self._ask(number, lambda questions=questions: next(questions))  # type: ignore[misc]
         return True
 
@@ -226,6 +248,7 @@ class Controller:
             asked = advance()
         except StopIteration as stop:
             self._states[number] = stop.value
+            self._keep(gathering, stop.value)
             del self._gathering[number]
             self._waiting.extendleft(reversed(self._aside))
             self._aside.clear()
@@ -234,6 +257,25 @@ class Controller:
         self._urgent.extend(
             MeasureTask(state=number, piece=piece, round=asked) for piece in gathering.plan.pieces
         )
+
+    def _recall(self, plan: StatePlan, known: TensorState) -> TensorState:
+        """Return what an earlier run measured of a state."""
+        assert self._known is not None
+        name, settings = self._plan.settings[plan.settings]
+        tensors = [(piece, piece.jobs[0]) for piece in plan.pieces]
+        return self._known.recall(tensors, METHODS[name], settings, known)
+
+    def _is_complete(self, plan: StatePlan, known: TensorState) -> bool:
+        """Return whether every model's threshold over the whole model is known."""
+        name, settings = self._plan.settings[plan.settings]
+        return known.stages.keys() >= set(model_wide_steps(METHODS[name], settings, SPARSIFIERS))
+
+    def _keep(self, gathering: _Gathering, state: TensorState) -> None:
+        """Keep what was measured for later runs."""
+        if self._known is not None:
+            name, settings = self._plan.settings[gathering.plan.settings]
+            tensors = [(piece, piece.jobs[0]) for piece in gathering.plan.pieces]
+            self._known.keep(tensors, METHODS[name], settings, state, gathering.known)
 
     def _take_in(self, event: Event) -> None:
         if isinstance(event, Lost):

@@ -27,6 +27,7 @@ from raymerge.cluster.evaluator_folders import ModelFolder, ModelFolders
 from raymerge.cluster.evaluator_slot import ModelSlot
 from raymerge.cluster.evaluator_workers import ResidentGroup
 from raymerge.cluster.grid_points import fingerprint
+from raymerge.cluster.in_flight import InFlight
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions

@@ -76,6 +76,9 @@ class ResidentGroup:
             events.append(self._events.get())
         return events
 
+    def abandon(self, worker: int) -> None:
+        """Do nothing: every task is given to one worker."""
+
     def drop(self) -> None:
         """Cancel what waits and let what is under way end: after a failure."""
         for future in self._in_flight:

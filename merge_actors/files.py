@@ -13,7 +13,11 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymerge.merge_actors.errors import CheckpointError, OutputError
+from raymerge.merge_actors.host_input import HostInput
 
 #: Linux moves at most 0x7ffff000 bytes a call.
 _MOST_BYTES_A_CALL = 1 << 30
@@ -44,6 +48,12 @@ class Files(Protocol):
         Raises:
             CheckpointError: as for `read_into`.
         """
+
+    def view(self, path: str, offset: int, num_bytes: int, dtype: str) -> HostInput | None:
+        """Return elements of an input that are in memory anyway, not to be written to; None if they are not."""
+
+    def output(self, path: str, offset: int, num_bytes: int) -> NDArray[np.uint8] | None:
+        """Return host memory that bytes of an output may be made in before they are written; None for any."""
 
     def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write `buffer` to an existing file at `offset`.
@@ -107,6 +117,16 @@ class LocalFiles:
         """Fill many buffers, by file and offset."""
         for read in sorted(reads, key=lambda read: (read.path, read.offset)):
             self.read_into(*read)
+
+    def view(self, path: str, offset: int, num_bytes: int, dtype: str) -> HostInput | None:
+        """Return None: a file is read."""
+        del path, offset, num_bytes, dtype
+        return None
+
+    def output(self, path: str, offset: int, num_bytes: int) -> NDArray[np.uint8] | None:
+        """Return None: a file is written from anywhere."""
+        del path, offset, num_bytes
+        return None
 
     def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write `buffer` to an existing file at `offset`.

@@ -20,14 +20,18 @@ class HostInput(NamedTuple):
     """Elements in host memory, flat."""
 
     data: NDArray[np.uint8]
-    """Their bytes."""
+    """Their bytes; none where they are on the device already."""
     dtype: str
     """safetensors name."""
+    on_device: torch.Tensor | None = None
+    """Their bytes on the device, where an evaluator keeps its sources there."""
 
     def tensor(self) -> torch.Tensor:
         """Return the same memory as a flat tensor."""
         import torch
 
+        if self.on_device is not None:
+            return self.on_device.view(torch_dtype(self.dtype))
         return torch.from_numpy(self.data).view(torch_dtype(self.dtype))
 
 

@@ -48,7 +48,7 @@ def read_inputs(pieces: Sequence[Piece], files: Files, arena: NDArray[np.uint8])
         arena: at least `arena_bytes(pieces)` long.
 
     Returns:
-        Per piece its inputs, flat and in storage dtype: views of the arena.
+        Per piece its inputs, flat and in storage dtype: views of the arena, or of what is in memory anyway.
     """
     view = arena.data
     wanted: list[tuple[str, int, int, int]] = []
@@ -59,6 +59,10 @@ def read_inputs(pieces: Sequence[Piece], files: Files, arena: NDArray[np.uint8])
         for read in piece.reads:
             width = element_bytes(read.dtype)
             num_bytes = piece.num_elements * width
+            resident = _resident(read, piece, files)
+            if resident is not None:
+                of_piece.append(resident)
+                continue
             of_piece.append(HostInput(arena[at : at + num_bytes], read.dtype))
             for first, count, to in _ranges(read, piece):
                 wanted.append((read.file, read.offset + first * width, at + to * width, count * width))
@@ -80,6 +84,14 @@ def read_inputs(pieces: Sequence[Piece], files: Files, arena: NDArray[np.uint8])
         if any(read.row_runs is not None for read in piece.reads):
             _fill_missing_rows(piece, [each.tensor() for each in of_piece])
     return inputs
+
+
+def _resident(read: Read, piece: Piece, files: Files) -> HostInput | None:
+    """Return an input that is in memory anyway, unless it is to be changed or has rows of other models."""
+    if read.low_rank is not None or any(each.row_runs is not None for each in piece.reads):
+        return None
+    width = element_bytes(read.dtype)
+    return files.view(read.file, read.offset + piece.begin * width, piece.num_elements * width, read.dtype)
 
 
 def _ranges(read: Read, piece: Piece) -> list[tuple[int, int, int]]:

@@ -11,14 +11,26 @@ import mmap
 import os
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
 
 
+class Source(NamedTuple):
+    """A file in memory."""
+
+    data: NDArray[np.uint8]
+    """All of its bytes."""
+    on_device: torch.Tensor | None
+    """The same on the device, if there is room."""
+
+
 class MappedSources:
-    """Whole files as tensors of bytes, up to a bound."""
+    """Whole files, up to a bound."""
 
     def __init__(self, budget_bytes: int, *, device: str = "cpu", device_budget_bytes: int = 0) -> None:
         """Take the bounds; nothing is mapped yet.
@@ -30,14 +42,14 @@ class MappedSources:
         """
         self._left = budget_bytes
         self._device, self._device_left = device, device_budget_bytes
-        self._files: dict[str, torch.Tensor | None] = {}
+        self._files: dict[str, Source | None] = {}
         self._lock = threading.Lock()
         self.num_bytes = 0
         """Bytes of the files that were mapped so far: what was read from the disk, or its cache."""
         self.num_device_bytes = 0
         """Bytes of the copies on the device."""
 
-    def find(self, path: str) -> torch.Tensor | None:
+    def find(self, path: str) -> Source | None:
         """Return a file's bytes, not to be written to; None where there was no room for it, or no such file."""
         if path in self._files:
             return self._files[path]
@@ -46,7 +58,7 @@ class MappedSources:
                 self._files[path] = self._map(path)
             return self._files[path]
 
-    def _map(self, path: str) -> torch.Tensor | None:
+    def _map(self, path: str) -> Source | None:
         try:
             num_bytes = os.path.getsize(path)
             if not 0 < num_bytes <= self._left:
@@ -59,14 +71,14 @@ class MappedSources:
                 )
         except OSError:
             return None  # who reads it the ordinary way is told what is wrong
-        raw = _tensor_over(memory)
         self._left -= num_bytes
         self.num_bytes += num_bytes
-        if num_bytes <= self._device_left:
-            self._device_left -= num_bytes
-            self.num_device_bytes += num_bytes
-            return raw.to(self._device)
-        return raw
+        data = np.frombuffer(memory, np.uint8)
+        if num_bytes > self._device_left:
+            return Source(data, None)
+        self._device_left -= num_bytes
+        self.num_device_bytes += num_bytes
+        return Source(data, _copied(data, self._device))
 
 
 def available_bytes() -> int:
@@ -91,10 +103,10 @@ def _control_group_bytes() -> int:
     return max(0, most - int(used.get("anon", 0)) - int(used.get("shmem", 0)))
 
 
-def _tensor_over(memory: mmap.mmap) -> torch.Tensor:
+def _copied(data: NDArray[np.uint8], device: str) -> torch.Tensor:
     import torch
 
     with warnings.catch_warnings():
         # The mapping is read-only, and nobody writes to a source.
         warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.from_numpy(data).to(device, copy=True)

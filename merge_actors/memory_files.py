@@ -9,17 +9,21 @@ others are read by slices as always.
 from __future__ import annotations
 
 import bisect
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymerge.merge_actors.checkpoint.layout import Layout
-from raymerge.merge_actors.dtypes import torch_dtype
+from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.errors import OutputError
-from raymerge.merge_actors.files import LocalFiles, RangeRead
-from raymerge.merge_actors.mapped_sources import MappedSources
+from raymerge.merge_actors.host_input import HostInput
+from raymerge.merge_actors.mapped_sources import MappedSources, Source
+from raymerge.merge_actors.storage.storage_files import StorageFiles
+from raymerge.merge_actors.storage.uris import is_remote
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +42,7 @@ class _OutputFile:
     """Each tensor as uint8."""
 
 
-class MemoryFiles(LocalFiles):
+class MemoryFiles(StorageFiles):
     """Open files, some of which are tensors."""
 
     def __init__(self, sources: MappedSources | None = None) -> None:
@@ -55,8 +59,9 @@ class MemoryFiles(LocalFiles):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that were read from the disk, or its cache, so far; a mapped file counts once, whole."""
-        return self._sliced_bytes + (self._sources.num_bytes if self._sources else 0)
+        """Bytes that came from the disk, its cache or a store so far; a mapped file counts once, whole."""
+        mapped_bytes = self._sources.num_bytes if self._sources else 0
+        return self._sliced_bytes + mapped_bytes + self._remote.fetched_bytes
 
     def lay_out(
         self, folder: str, layout: Layout, shapes: Mapping[str, tuple[str, tuple[int, ...]]], device: str
@@ -102,51 +107,63 @@ class MemoryFiles(LocalFiles):
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from memory, else from the file."""
-        mapped = self.view(path, offset, len(buffer))
-        if mapped is not None:
-            if len(buffer):
-                buffer[:] = mapped.cpu().numpy().data
+        source = self._find(path, offset, len(buffer))
+        if source is not None:
+            buffer[:] = source.data[offset : offset + len(buffer)].data
             return
         super().read_into(path, offset, buffer)
-        with self._counting:
-            self._sliced_bytes += len(buffer)
+        if not is_remote(path):
+            with self._counting:
+                self._sliced_bytes += len(buffer)
 
-    def read_many(self, reads: Sequence[RangeRead]) -> None:
-        """Fill many buffers, by file and offset."""
-        for read in sorted(reads, key=lambda read: (read.path, read.offset)):
-            self.read_into(*read)
-
-    def view(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
-        """Return bytes of an input that is in memory, not to be written to; None if it is not."""
-        if self._sources is None:
+    def view(self, path: str, offset: int, num_bytes: int, dtype: str) -> HostInput | None:
+        """Return elements of an input that are in memory, not to be written to; None if they are not."""
+        source = self._find(path, offset, num_bytes)
+        if source is None:
             return None
-        source = self._sources.find(self.located(path))
-        if source is None or offset + num_bytes > source.numel():
-            return None  # the ordinary way of reading says what is wrong with a file that ends early
-        return source[offset : offset + num_bytes]
+        if source.on_device is not None:
+            on_device = source.on_device[offset : offset + num_bytes]
+            return None if offset % element_bytes(dtype) else HostInput(source.data[:0], dtype, on_device)
+        data = source.data[offset : offset + num_bytes]
+        # A file may hold an element at any byte; what computes wants it at a multiple of its width.
+        return None if data.ctypes.data % element_bytes(dtype) else HostInput(data, dtype)
 
-    def output(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
-        """Return the memory that `num_bytes` of an output are to be written to; None if it is a file."""
-        file = self._outputs.get(path)
-        if file is None:
-            return None
-        number = bisect.bisect_right(file.begins, offset) - 1
-        first = offset - file.begins[number] if number >= 0 else math.inf
-        if number < 0 or first + num_bytes > file.bytes_of[number].numel():
-            raise OutputError(f"{path} has no tensor at bytes [{offset}, {offset + num_bytes})")
-        return file.bytes_of[number][int(first) : int(first) + num_bytes]
+    def output(self, path: str, offset: int, num_bytes: int) -> NDArray[np.uint8] | None:
+        """Return the memory of an output, if it is the host's."""
+        target = self._target(path, offset, num_bytes) if num_bytes else None
+        return target.numpy() if target is not None and target.device.type == "cpu" else None
 
     def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write `buffer` to memory, else to the file."""
         if not len(buffer):
             return
-        target = self.output(path, offset, len(buffer))
+        target = self._target(path, offset, len(buffer))
         if target is None:
             super().write_from(path, offset, buffer)
             return
         import torch
 
-        target.copy_(torch.frombuffer(buffer, dtype=torch.uint8))
+        source = torch.frombuffer(buffer, dtype=torch.uint8)
+        if source.data_ptr() != target.data_ptr():  # it may have been made in place
+            target.copy_(source)
+
+    def _find(self, path: str, offset: int, num_bytes: int) -> Source | None:
+        if self._sources is None or is_remote(path):
+            return None
+        source = self._sources.find(self.located(path))
+        # The ordinary way of reading says what is wrong with a file that ends early.
+        return None if source is None or offset + num_bytes > len(source.data) else source
+
+    def _target(self, path: str, offset: int, num_bytes: int) -> torch.Tensor | None:
+        """Return the memory of a part of an output as uint8; None if it is a file."""
+        file = self._outputs.get(path)
+        if file is None:
+            return None
+        number = bisect.bisect_right(file.begins, offset) - 1
+        first = offset - file.begins[number] if number >= 0 else 0
+        if number < 0 or first + num_bytes > file.bytes_of[number].numel():
+            raise OutputError(f"{path} has no tensor at bytes [{offset}, {offset + num_bytes})")
+        return file.bytes_of[number][first : first + num_bytes]
 
 
 def _aligned(num_bytes: int) -> int:

@@ -27,13 +27,14 @@ from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFinit
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.host_input import HostInput
 from raymerge.merge_actors.inputs import aligned, arena_bytes, read_inputs
+from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.kernels.build import Kernels, load_kernels
 from raymerge.merge_actors.kernels.fused import FusedSlice, NotFinite, fused_slice
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.interface import Summary
 from raymerge.merge_actors.methods.prepare import TensorState, needs_preparation
-from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
+from raymerge.merge_actors.methods.slices import Measurable, TensorSlice, prepare_slices
 from raymerge.merge_actors.narrowing import beyond_warning, count_beyond, saturates
 from raymerge.merge_actors.nonfinite import (
     count_nonfinite,
@@ -69,9 +70,9 @@ if TYPE_CHECKING:
 
 #: Tasks of one worker that are under way at once: one is read while another is merged.
 NUM_LANES = 2
-#: Bytes of one input in a chunk on a GPU: launches and copies want it long.
 #: A chunk is never cut smaller than this many times, however often memory ran out.
 _MOST_HALVINGS = 4
+#: Bytes of one input in a chunk on a GPU: launches and copies want it long.
 _CUDA_CHUNK_BYTES = 256 << 20
 #: The same where an input comes over the network: all ranges of a task are in flight together.
 _REMOTE_CHUNK_BYTES = 256 << 20
@@ -103,15 +104,23 @@ class _Stopwatch:
 class MergeWorker:
     """Merges slices on one device."""
 
-    def __init__(self, context: RunContext, files: Files | None = None, gpu: int = 0) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        files: Files | None = None,
+        gpu: int = 0,
+        known: KnownStates | None = None,
+    ) -> None:
         """Make a worker for a run.
 
         Args:
             context: of the run.
             files: shared by the workers of one process.
             gpu: which of the GPUs that this process sees, if the run is on GPUs.
+            known: what earlier runs measured on the same models, where many runs are alike.
         """
         self.context = context
+        self._known = known
         allow_many_files()
         is_cpu = context.device == "cpu"
         self._files: Files = files or StorageFiles(context.stage)
@@ -263,13 +272,17 @@ class MergeWorker:
                 piece, on_device = pieces[number], None
                 for job in jobs:
                     num_bytes = piece.num_elements * element_bytes(job.dtype)
-                    out = HostInput(lane.host_output(at, num_bytes), job.dtype)
+                    offset = job.offset + piece.begin * element_bytes(job.dtype)
+                    memory = self._files.output(job.file, offset, num_bytes)
+                    data = lane.host_output(at, num_bytes) if memory is None else memory
+                    out = HostInput(data, job.dtype)
                     state = TensorState() if job.state is None else states[job.state]
                     figures = self._merge_on_host(piece, job, inputs[number], state, out)
                     if figures is None:
                         with self._eagerly():
                             on_device = on_device or lane.to_device(inputs[number])
-                            out_P = lane.output(at, num_bytes, job.dtype)
+                            is_on_host = self._merging is not None
+                            out_P = out.tensor() if is_on_host else lane.output(at, num_bytes, job.dtype)
                             figures = self._merge_piece(piece, job, on_device, state, lane, out_P, warnings)
                     merged.append((piece, job, out.data.data, figures))
                     at += aligned(num_bytes)
@@ -412,13 +425,23 @@ class MergeWorker:
             return None
         try:
             if piece.is_whole:
-                state = prepare_slices([fused], state)
+                state = self._prepare(piece, job, fused, state)
             unit_squares = fused.merge(state, out.data, out.dtype)
         except NotFinite:
             return None
         if job.dtype in NARROW and not holds_only_finite(out):
             return None
         return Figures(sum(unit_squares.tolist()), 0)
+
+    def _prepare(self, piece: Piece, job: Job, whole: Measurable, state: TensorState) -> TensorState:
+        """Measure a tensor that is here whole, as far as nothing is known of it."""
+        if self._known is None:
+            return prepare_slices([whole], state)
+        tensor = [(piece, job)]
+        recalled = self._known.recall(tensor, whole.method, whole.settings, state)
+        found = prepare_slices([whole], recalled)
+        self._known.keep(tensor, whole.method, whole.settings, found, recalled)
+        return found
 
     def _merge_piece(
         self,
@@ -439,7 +462,7 @@ class MergeWorker:
             self._check_inputs(piece, job, inputs, warnings)
         merging = self._slice(piece, job, inputs, lane)
         if piece.is_whole:
-            state = prepare_slices([merging], state)
+            state = self._prepare(piece, job, merging, state)
         total_squares, num_nonfinite, num_beyond = 0.0, 0, 0
         for at, merged_P in merging.merged_blocks(state):
             stored_P = out_P[at : at + merged_P.numel()].copy_(merged_P)

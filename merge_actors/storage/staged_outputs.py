@@ -13,8 +13,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import Files, RangeRead, write_error
+from raymerge.merge_actors.host_input import HostInput
 from raymerge.merge_actors.storage.retry import with_retries
 from raymerge.merge_actors.storage.store import store_of
 from raymerge.merge_actors.task import OutputObject
@@ -66,6 +70,15 @@ class StagedOutputs:
     def read_many(self, reads: Sequence[RangeRead]) -> None:
         """Fill many buffers from inputs."""
         self._inputs.read_many(reads)
+
+    def view(self, path: str, offset: int, num_bytes: int, dtype: str) -> HostInput | None:
+        """Return elements of an input that are in memory anyway."""
+        return self._inputs.view(path, offset, num_bytes, dtype)
+
+    def output(self, path: str, offset: int, num_bytes: int) -> NDArray[np.uint8] | None:
+        """Return None: a file is written from anywhere."""
+        del path, offset, num_bytes
+        return None
 
     def write_from(self, path: str, offset: int, buffer: memoryview) -> None:
         """Write `buffer` into the temporary file of an object."""

@@ -1,0 +1,106 @@
+"""What was found out about whole tensors, kept from merge to merge: thresholds and norms.
+
+A sparsifying step of one model depends on that model's delta, the parameters of the step and of those before
+it, and the random stream; not on weights, lambda or the other models. So points of a grid that differ in those
+are measured once. The key is all of that, so a state is taken over where it would come out the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+
+from raymerge.merge_actors.methods.interface import Method, Settings, Sparsifier, State
+from raymerge.merge_actors.methods.prepare import TensorState, steps_of
+from raymerge.merge_actors.task import Job, Piece
+
+#: States that are kept; some hundred bytes each.
+_MOST_STATES = 200_000
+
+
+#: A piece of a tensor and the job that asks.
+Measured = tuple[Piece, Job]
+
+
+class KnownStates:
+    """States of sparsifying steps, by everything that they depend on."""
+
+    def __init__(self, sparsifiers: Mapping[str, Sparsifier], most_states: int = _MOST_STATES) -> None:
+        """Take the registry of steps and the number of states to keep; the oldest go first."""
+        self._sparsifiers, self._most_states = sparsifiers, most_states
+        self._states: OrderedDict[Hashable, State] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_reused = 0
+        """Times that a state was taken over."""
+
+    def recall(
+        self, tensors: Sequence[Measured], method: Method, settings: Settings, known: TensorState
+    ) -> TensorState:
+        """Return `known` with the states of steps that were measured before.
+
+        Args:
+            tensors: what would be measured: one tensor, or all tensors of a recipe; pieces of one may repeat.
+            method: the method.
+            settings: its settings for these tensors.
+            known: what is known already.
+        """
+        keys = self._keys(tensors, method, settings)
+        with self._lock:
+            found = {
+                place: self._states[key]
+                for place, key in keys.items()
+                if key in self._states and place not in known.stages
+            }
+            self.num_reused += len(found)
+        return TensorState(stages={**known.stages, **found}, method=known.method) if found else known
+
+    def keep(
+        self,
+        tensors: Sequence[Measured],
+        method: Method,
+        settings: Settings,
+        state: TensorState,
+        known: TensorState,
+    ) -> None:
+        """Keep the states of steps that were measured on these tensors.
+
+        Args:
+            tensors: as for `recall`.
+            method: the method.
+            settings: its settings for these tensors.
+            state: what is known now.
+            known: what was known before, from wherever.
+        """
+        keys = self._keys(tensors, method, settings)
+        with self._lock:
+            for place, found in state.stages.items():
+                if place not in known.stages:
+                    self._states[keys[place]] = found
+            while len(self._states) > self._most_states:
+                self._states.popitem(last=False)
+
+    def _keys(
+        self, tensors: Sequence[Measured], method: Method, settings: Settings
+    ) -> dict[tuple[int, int], Hashable]:
+        """Return the key of every (model, step)."""
+        keys: dict[tuple[int, int], Hashable] = {}
+        for model, steps in enumerate(steps_of(method, settings, self._sparsifiers)):
+            if not steps:
+                continue
+            deltas = tuple(dict.fromkeys(_delta(piece, job, model) for piece, job in tensors))
+            asked: tuple[Hashable, ...] = ()
+            for number, (step, parameters) in enumerate(steps):
+                values = tuple(parameters[each.name] for each in step.parameters)
+                asked = (*asked, step.name, values)
+                keys[model, number] = (deltas, asked)
+        return keys
+
+
+def _delta(piece: Piece, job: Job, model: int) -> Hashable:
+    """Return what a model's delta in a tensor depends on, and its random stream."""
+    base = None if job.base is None else piece.reads[job.base]
+    read = piece.reads[job.models[model]]
+    # Rows that a model lacks are filled from the others.
+    others = piece.reads if any(each.row_runs is not None for each in piece.reads) else ()
+    return piece.shape, base, read, others, job.keys[model]
