@@ -40,8 +40,9 @@ class LabelMap:
         Raises:
             RecipeError: the head has no such class.
         """
+        label = int(label) if isinstance(label, bool) else label
         found = self._numbers.get(label)
-        if found is None and isinstance(label, int | float) and not isinstance(label, bool):
+        if found is None and isinstance(label, int | float):
             renamed = self._numbers.get(str(label))  # keys of a YAML mapping may have become texts
             found = renamed if renamed is not None else int(label) if int(label) == label else None
         if found is None and isinstance(label, str) and label.lstrip("-").isdigit():

@@ -8,6 +8,7 @@ from typing import Any
 
 from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
+from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
 from raymerge.stats.model_loading import building_without_weights
@@ -107,7 +108,7 @@ def build_structure(task: TaskSpec, folder: str) -> Structure:
         config, head = own, None
         maker = model_class_for(task, own)
     else:
-        head = open_checkpoint(task.head_folder)
+        head = open_checkpoint(locate(task.head_folder))
         config = load_config(head.folder)
         maker = _head_class(task, head, config)
         if config.model_type != own.model_type:
@@ -169,12 +170,12 @@ def load_config(folder: str) -> Any:
 
 
 def head_config(folder: str) -> dict[str, Any]:
-    """Return config.json of a head's checkpoint.
+    """Return config.json of a checkpoint, local or of the Hub.
 
     Raises:
         CheckpointError: the folder has none.
     """
-    path = os.path.join(folder, "config.json")
+    path = os.path.join(locate(folder, weights=False), "config.json")
     if not os.path.exists(path):
         raise CheckpointError(f"the head {folder} has no config.json; name the folder of a checkpoint.")
     return read_json(path)

@@ -111,6 +111,8 @@ class PreparedClassification(PreparedTask):
 def _labels(task: TextClassification, table: Table, config: Mapping[str, Any]) -> Any:
     """Return the labels as numbers of classes, or as numbers."""
     given = table.columns[task.label_column]
+    if config.get("problem_type") == "multi_label_classification":
+        raise task.error("head", "it gives several labels to a text; a head that chooses one is needed.")
     if is_regression(config) != task.regression:
         kind = "yields one number" if is_regression(config) else "yields classes"
         raise task.error(
