@@ -33,7 +33,7 @@ from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
-from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder
+from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeError
@@ -105,6 +105,8 @@ def merge(
     for line in said:
         remark(line)
     folder = open_run_folder(os.fspath(out), is_campaign=len(read) > 1)
+    if isinstance(folder, RemoteRunFolder):
+        refuse_sequential([recipe.name for recipe in read if is_sequential(recipe)])
     workers = workers or connected(
         address=options.address,
         in_process=options.in_process,

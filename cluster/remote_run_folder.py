@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
-from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.errors import OutputError, RecipeError
 from raymerge.merge_actors.storage.folders import entries, exists
 from raymerge.merge_actors.storage.objects import delete_folder, delete_objects, upload_file
 from raymerge.merge_actors.storage.uris import absolute, checked, is_remote
@@ -165,3 +165,16 @@ def open_run_folder(out: str, *, is_campaign: bool) -> RunFolder | RemoteRunFold
         RaymergeError: a URI carries credentials, or names a whole bucket.
     """
     return RemoteRunFolder(out, is_campaign=is_campaign) if is_remote(out) else RunFolder(absolute(out))
+
+
+def refuse_sequential(names: Sequence[str]) -> None:
+    """Refuse recipes that read their own output while they write it.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    if names:
+        raise RecipeError(
+            f"recipe {names[0]} is merged layer by layer and reads what it has merged, which an object store does not "
+            "give back before a file is whole; merge into a folder and copy it"
+        )

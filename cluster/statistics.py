@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 
 from raymerge.cluster.connect import Placement, connected_for_statistics
 from raymerge.cluster.model_ref import ModelRef, parse_model
+from raymerge.cluster.remote_statistics import collect_into_store
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.cluster.statistics_run import OUTPUT, StatisticsRun, journal_path
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import OutputError, RecipeError
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.measure_job import MeasureJob
 from raymerge.stats.statistics_file import MANIFEST, Statistics, open_statistics, write_json
 
@@ -75,12 +78,23 @@ def collect_statistics(
         RaymergeError: with one sentence for the user; `out` is then as it was before.
     """
     started = time.monotonic()
+    place = os.fspath(out)
+    if is_remote(place):
+        results: list[StatisticsResult] = []
+
+        def collect(local: str) -> None:
+            results.append(
+                collect_statistics(model, local, options, on_remark=on_remark, on_progress=on_progress)
+            )
+
+        uri = collect_into_store(place, collect, resume=options.resume, overwrite=options.overwrite)
+        return _at(uri, results, seconds=time.monotonic() - started)
     ref = parse_model(model) if isinstance(model, str) else model
     if ref.adapter is not None:
         raise RecipeError(
             f"{ref.key!r} has an adapter; merge it into its base first (raymerge merge, passthrough)."
         )
-    folder = RunFolder(os.fspath(out))
+    folder = RunFolder(place)
     checkpoint = open_checkpoint(
         locate(ref.path, ref.revision, allow_pickle=options.allow_pickle), allow_pickle=options.allow_pickle
     )
@@ -106,6 +120,22 @@ def collect_statistics(
         device=placement.device,
         num_groups=len(run.plan.groups),
         num_resumed=num_resumed,
+    )
+
+
+def _at(uri: str, results: list[StatisticsResult], *, seconds: float) -> StatisticsResult:
+    """Return what a run has made that ended in a store; it may only have had to upload."""
+    statistics = open_statistics(uri)
+    if results:
+        return dataclasses.replace(results[0], out=uri, statistics=statistics, seconds=seconds)
+    return StatisticsResult(
+        out=uri,
+        statistics=statistics,
+        seconds=seconds,
+        num_workers=0,
+        device="cpu",
+        num_groups=0,
+        num_resumed=0,
     )
 
 

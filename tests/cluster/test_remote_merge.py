@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from object_store import BUCKET, ObjectStore
@@ -16,7 +18,10 @@ import raymerge
 from raymerge.cluster import merge as merge_module
 from raymerge.cluster.merge import MergeResult, merge
 from raymerge.cluster.options import MergeOptions
-from raymerge.merge_actors.errors import VerifyError
+from raymerge.cluster.statistics import collect_statistics
+from raymerge.cluster.statistics_options import StatisticsOptions
+from raymerge.merge_actors.errors import OutputError, VerifyError
+from raymerge.stats.data_rows import DataSpec
 
 OPTIONS = {"in_process": True, "workers": 2, "out_shard_size": "40KB"}
 
@@ -166,3 +171,61 @@ def test_verify_and_inspect_and_plan_take_uris(
     object_store.put_bytes(name, bytes(data))
     with pytest.raises(VerifyError, match="the file has changed since it was written"):
         raymerge.verify(out)
+
+
+def test_adapter_and_statistics_in_a_store(
+    tiny_checkpoints: Callable[..., Any], object_store: ObjectStore, tmp_path: Path
+) -> None:
+    """Measure a model in a store into the store, and merge by that; add an adapter that lies there too."""
+    base = tiny_checkpoints("llama").base
+    model = object_store.put(base, "kinds/model")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"word{i} word{i + 1}"}) + "\n" for i in range(20)))
+    data = DataSpec(source=str(texts), batch_tokens=64)
+    options = StatisticsOptions(kind="gram", in_process=True, workers=1, data=data)
+    statistics = f"s3://{BUCKET}/kinds/grams"
+    result = collect_statistics(model, statistics, options)
+    assert result.out == statistics
+    with pytest.raises(OutputError, match="exists; choose another folder or replace it with --overwrite"):
+        collect_statistics(model, statistics, options)
+    collect_statistics(str(base), tmp_path / "grams", options)
+    for name in result.statistics.manifest["files"]:
+        assert object_store.get(f"kinds/grams/{name}") == (tmp_path / "grams" / name).read_bytes()
+    recipe = {
+        "merge_method": "regmean",
+        "models": [{"model": model, "statistics": statistics}, {"model": model, "statistics": statistics}],
+    }
+    run(recipe, f"s3://{BUCKET}/kinds/regmean")
+    _write_adapter(tmp_path / "adapter")
+    adapter = object_store.put(tmp_path / "adapter", "kinds/adapter")
+    outs = []
+    for name, spelled in (("here", f"{base}+{tmp_path / 'adapter'}"), ("there", f"{model}+{adapter}")):
+        run({"merge_method": "passthrough", "models": [{"model": spelled}]}, tmp_path / name)
+        outs.append(on_disk(tmp_path / name))
+    assert outs[0] == outs[1]
+
+
+def _write_adapter(folder: Path) -> None:
+    folder.mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.full((32, 2), 0.5)},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_any_file_system_of_fsspec(tiny_checkpoints: Callable[..., Any], tmp_path: Path) -> None:
+    family = tiny_checkpoints("llama")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(family.base), "/models/base", recursive=True)
+    memory.put(str(family.models[0]), "/models/first", recursive=True)
+    local = run(recipe_of(family.base, [family.models[0]]), tmp_path / "local")
+    result = run(recipe_of("memory://models/base", ["memory://models/first"]), "memory://models/out")
+    assert result.outputs == ("memory://models/out",)
+    assert raymerge.verify("memory://models/out").outputs[0].num_files > 1
+    for name, data in on_disk(Path(local.outputs[0])).items():
+        assert memory.cat_file(f"/models/out/{name}") == data
+    with pytest.raises(OutputError, match="exists"):
+        run(recipe_of("memory://models/base", ["memory://models/first"]), "memory://models/out")

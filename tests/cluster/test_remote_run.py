@@ -120,7 +120,8 @@ def test_a_killed_run_is_resumed(recipe: Any, out: str, object_store: ObjectStor
         stdout=subprocess.PIPE,
     )
     try:
-        while not stalled.num_done:
+        journal = f"{key_of(RemoteRunFolder(out, is_campaign=False).journal_path)}/task-"
+        while not (stalled.num_done and object_store.keys(journal)):
             assert process.poll() is None, process.communicate()
     finally:
         process.kill()
