@@ -33,8 +33,10 @@ from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.mapped_sources import MappedSources, available_bytes
 from raymerge.merge_actors.memory_files import MemoryFiles
+from raymerge.merge_actors.methods import SPARSIFIERS
 from raymerge.merge_actors.task import HubModel, PieceReport, RunContext, TaskReport
 from raymerge.stats.evaluation.evaluate import prepare_task
 from raymerge.stats.evaluation.prepared import PreparedTask
@@ -100,7 +102,8 @@ class Evaluator:
         torch.set_num_threads(1)
         self._job = job
         self._files = MemoryFiles(_sources(job))
-        self._group = ResidentGroup(job.num_threads, self._files, job.device)
+        self._known = KnownStates(SPARSIFIERS)
+        self._group = ResidentGroup(job.num_threads, self._files, job.device, self._known)
         self._threads = ThreadPoolExecutor(
             job.num_threads if job.device == "cpu" else 1, thread_name_prefix="score"
         )
@@ -121,6 +124,7 @@ class Evaluator:
         """
         with self._merging:
             started, read_before = time.monotonic(), self._files.bytes_read
+            reused_before = self._known.num_reused
             (found,), remarks = self._read(recipe)
             model = self._slots[slot]
             wave = plan_wave([found], {found.name: model.folder}, self._job.merge, {}, self._opened)
@@ -138,6 +142,7 @@ class Evaluator:
                 seed=found.seed,
                 seconds=time.monotonic() - started,
                 bytes_read=self._files.bytes_read - read_before,
+                counters={"num_reused_states": self._known.num_reused - reused_before},
                 remarks=tuple(dict.fromkeys([*remarks, *wave.remarks, *warnings])),
             )
 
@@ -189,7 +194,9 @@ class Evaluator:
             hub_models=hub_models,
         )
         with self._running(context):
-            Controller(plan, self._group, journal).run()
+            # The workers share one machine, so that none is slow by itself: a clock that stands still.
+            in_flight = InFlight(clock=lambda: 0.0)
+            Controller(plan, self._group, journal, in_flight=in_flight, known=self._known).run()
 
     @contextlib.contextmanager
     def _running(self, context: RunContext) -> Iterator[None]:

@@ -27,9 +27,9 @@ from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFinit
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.host_input import HostInput
 from raymerge.merge_actors.inputs import aligned, arena_bytes, read_inputs
-from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.kernels.build import Kernels, load_kernels
 from raymerge.merge_actors.kernels.fused import FusedSlice, NotFinite, fused_slice
+from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.interface import Summary

@@ -143,3 +143,38 @@ def test_goes_on_after_a_point_that_fails(tiny_checkpoints: Callable[..., Any], 
     with pytest.raises(RaymergeError, match="/nowhere"):
         evaluator.merge(0, bad)
     assert evaluator.merge(0, good).digest == digest
+
+
+@pytest.mark.parametrize("slice_bytes", [32 << 20, 4 << 10], ids=["whole tensors", "cut tensors"])
+@pytest.mark.parametrize("trim", ["tensor", "model"])
+def test_measures_a_tensor_once_for_all_weights_and_scales(
+    trim: str,
+    slice_bytes: int,
+    tiny_checkpoints: Callable[..., Any],
+    evaluator: Evaluator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from raymerge.cluster import campaign
+
+    plain = campaign.make_plan
+    monkeypatch.setattr(
+        campaign, "make_plan", lambda plans, **given: plain(plans, **{**given, "slice_bytes": slice_bytes})
+    )
+    family = tiny_checkpoints("bert")
+    first = evaluator.merge(0, task_vectors(family, "ties", density=0.4, trim=trim))
+    assert first.counters["num_reused_states"] == 0
+    others = [
+        task_vectors(family, "ties", density=0.4, trim=trim, **{"lambda": 0.3}),
+        task_vectors(family, "ties", density=0.4, trim=trim, weight=0.1),
+    ]
+    states = []
+    for number, recipe in enumerate(others):
+        states.append(evaluator.merge(0, recipe).counters["num_reused_states"])
+        expected = written(recipe, tmp_path / str(number))
+        for name, tensor in evaluator.tensors(0).items():
+            assert torch.equal(tensor, expected[name]), name
+    assert states[0] == states[1] > 0
+    assert evaluator.merge(0, task_vectors(family, "ties", density=0.5, trim=trim)).counters == {
+        "num_reused_states": 0
+    }
