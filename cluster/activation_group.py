@@ -16,8 +16,10 @@ from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import NoExchange, ThreadExchange, ThreadMeeting
 from raymerge.stats.measure_job import MeasureJob
 
-#: How long to wait for the cluster to give all workers.
-START_SECONDS = 300.0
+#: How long to wait for a first worker: of a cluster that is busy, and of one that lacks what is asked for.
+BUSY_SECONDS, START_SECONDS = 3600.0, 300.0
+#: How long to wait for all of them.
+GATHER_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 
 #: Called now and then with the tokens that all workers have passed since the group was started.
@@ -106,25 +108,40 @@ class RayActivationGroup:
     def start(self, job: MeasureJob) -> None:
         """Start all actors and let them join a process group.
 
+        A cluster that does not give all of them soon is shared with others: the group then makes do with those it
+        gave, so that two groups which hold half of the cluster each do not wait for each other.
+
         Raises:
-            ClusterError: the cluster does not give all of them in time.
+            ClusterError: the cluster gives none of them in time.
         """
+        self.close()
+        self.pids = self._gather(job)
+        if self.num_workers > 1:
+            [(host, port)] = self.call("open_store", [(self.num_workers,)], lambda _: None)
+            self.call("join", [(host, port, self.num_workers)] * self.num_workers, lambda _: None)
+
+    def _gather(self, job: MeasureJob) -> list[int]:
+        """Start as many actors as the cluster has room for, and return their process ids."""
         import ray
 
         from raymerge.stats.ray_activation_worker import RayActivationWorker
 
-        self.close()
         skin: Any = RayActivationWorker  # the decorator's type is Ray's own
-        self._actors = [skin.options(**self._options).remote(job, rank) for rank in range(self.num_workers)]
-        ready = [actor.pid.remote() for actor in self._actors]
-        done, _ = ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)
-        if len(done) < len(ready):
+        while True:
+            self._actors = [
+                skin.options(**self._options).remote(job, rank) for rank in range(self.num_workers)
+            ]
+            ready = [actor.pid.remote() for actor in self._actors]
+            done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
+            if not done:
+                if ray.wait(ready, num_returns=1, timeout=_patience(self._options))[0]:
+                    done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
+            if len(done) == len(ready):
+                return self._get(ready, lambda _: None)
             self.close()
-            raise ClusterError(_shortage(self._options, self.num_workers, len(done)))
-        self.pids = self._get(ready, lambda _: None)
-        if self.num_workers > 1:
-            [(host, port)] = self.call("open_store", [(self.num_workers,)], lambda _: None)
-            self.call("join", [(host, port, self.num_workers)] * self.num_workers, lambda _: None)
+            if not done:
+                raise ClusterError(_shortage(self._options, self.num_workers))
+            self.num_workers = len(done)  # ranks have no gaps: so many are started anew
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
         """Call a method of every actor; if one dies, kill all."""
@@ -197,12 +214,23 @@ def _raise_if_lost(references: list[Any]) -> None:
             continue
 
 
-def _shortage(options: dict[str, Any], num_workers: int, num_ready: int) -> str:
+def _shortage(options: dict[str, Any], num_workers: int) -> str:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    have = ", ".join(
+        f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
+    )
+    return (
+        f"none of {num_workers} workers of 1 CPU and {options['num_gpus']:g} GPU each could be started in "
+        f"{_patience(options):g} s; the cluster has {have}"
+    )
+
+
+def _patience(options: dict[str, Any]) -> float:
+    """Return how long to wait for a first worker."""
     import ray
 
     total = ray.cluster_resources()
-    return (
-        f"only {num_ready} of {num_workers} workers of 1 CPU and {options['num_gpus']:g} GPU each could be started in "
-        f"{START_SECONDS:g} s; the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU: "
-        "ask for fewer --workers."
-    )
+    fits = total.get("CPU", 0) >= 1 and total.get("GPU", 0) >= options["num_gpus"]
+    return BUSY_SECONDS if fits else START_SECONDS

@@ -28,6 +28,8 @@ from raymerge.merge_actors.task import FileTask, MeasureTask, MergeTask, RunCont
 START_SECONDS = 300.0
 #: How long to wait for any worker from a cluster that is busy with other work.
 BUSY_SECONDS = 3600.0
+#: How long to wait for the last of them, where a run needs to know how many there are.
+GATHER_SECONDS = 60.0
 #: How often to say that we wait, and how often to look for nodes that have joined.
 _REMARK_SECONDS, _GROW_SECONDS = 60.0, 5.0
 #: What Ray says of a worker that was killed for its memory.
@@ -96,21 +98,20 @@ class RayGroup:
                     raise event.error
 
     def hosts(self) -> list[Any]:
-        """Wait until all actors are ready and return them: for what else is to run on their devices.
+        """Wait until the actors are ready and return them: for what else is to run on their devices.
 
-        Raises:
-            ClusterError: the cluster does not give all of them in time.
+        Those that the cluster does not give soon are given up: two runs that hold half of a cluster each must not wait
+        for each other.
         """
-        deadline = time.monotonic() + START_SECONDS
-        while self._starting:
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"not all workers could be started in {START_SECONDS:g} s: "
-                    + _shortage(self._options, self._num_workers)
-                )
+        deadline = time.monotonic() + GATHER_SECONDS
+        while self._starting and time.monotonic() < deadline:
             for event in self.wait(1.0):
                 if isinstance(event, Failed):
                     raise event.error
+        for _, actor in self._starting.values():
+            ray.kill(actor)
+        self._starting.clear()
+        self._num_workers = len(self._actors)
         return [self._actors[number] for number in sorted(self._actors)]
 
     def workers(self) -> tuple[int, ...]:

@@ -319,6 +319,33 @@ def test_a_killed_worker_makes_the_layer_group_start_again(
     _assert_close(_values(tmp_path / "out"), _values(tmp_path / "expected"))
 
 
+def test_a_busy_cluster_is_shared_and_not_waited_for(
+    ray_session: None,
+    tiny_checkpoints: Callable[..., Any],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another run holds three of the four CPUs: of two workers asked for, one measures everything."""
+    import ray
+
+    from raymerge.cluster import activation_group
+
+    class Other:
+        def ping(self) -> None: ...
+
+    other: Any = ray.remote(Other).options(num_cpus=3).remote()
+    ray.get(other.ping.remote(), timeout=60)
+    monkeypatch.setattr(activation_group, "GATHER_SECONDS", 6.0)
+    model = tiny_checkpoints("llama").models[0]
+    try:
+        _collect(model, tmp_path / "out", texts, in_process=False, workers=2)
+    finally:
+        ray.kill(other)
+    _collect(model, tmp_path / "expected", texts)
+    _assert_close(_values(tmp_path / "out"), _values(tmp_path / "expected"))
+
+
 _MEASURE_PEAK = """
 import resource, sys
 from raymerge.cluster.statistics import collect_statistics
