@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from raymerge.merge_actors.host_input import HostInput, host_input
+from raymerge.merge_actors.kernels.fused import fused_slice
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.block import Pool
 from raymerge.merge_actors.methods.interface import Method, Parameter, Settings, Value
@@ -58,6 +61,25 @@ class Example:
         for at, merged_P in piece.merged_blocks(state):
             out_P[at : at + merged_P.numel()].copy_(merged_P)
 
+    def merge_by_kernels_into(self, out_P: torch.Tensor, library: ctypes.CDLL) -> bool:
+        """Do the same by the compiled kernels; False if they do not have the method."""
+        piece = fused_slice(
+            library=library,
+            method=self.method,
+            settings=self.settings,
+            sparsifiers=SPARSIFIERS,
+            shape=tuple(self.models[0].shape),
+            begin=0,
+            base=None if self.base is None else _host(self.base),
+            models=[_host(model) for model in self.models],
+            keys=[stream_key(0, str(i), "tensor") for i in range(len(self.models))],
+            out_dtype="BF16",
+        )
+        if piece is None:
+            return False
+        piece.merge(prepare_slices([piece]), out_P.view(torch.uint8).numpy(), "BF16")
+        return True
+
 
 def example(name: str, tensors: Sequence[torch.Tensor]) -> Example:
     """Set a method up on tensors.
@@ -84,6 +106,10 @@ def make_tensors(
     base = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
     deltas = (torch.randn(shape, generator=generator) * 1e-3 for _ in range(num_fine_tunes))
     return [base.to(device), *((base + delta).bfloat16().to(device) for delta in deltas)]
+
+
+def _host(tensor: torch.Tensor) -> HostInput:
+    return host_input(tensor.reshape(-1), "BF16")
 
 
 def _parameters(method: Method) -> tuple[Parameter, ...]:

@@ -17,6 +17,7 @@ import torch
 from kept_file import Report, Spread, add_folder_options
 from method_examples import example, make_tensors
 
+from raymerge.merge_actors.kernels.build import load_kernels
 from raymerge.merge_actors.methods import METHODS
 
 
@@ -55,18 +56,23 @@ def main() -> None:
             "runs": options.runs,
         },
     )
-    rows: list[tuple[object, ...]] = [("(copy of one tensor)", copy, f"{4 / copy.median:.1f}")]
+    kernels = load_kernels()
+    rows: list[tuple[object, ...]] = [("(copy of one tensor)", copy, f"{4 / copy.median:.1f}", "-")]
     report.data["copy"] = copy
     for name in options.methods:
         made = example(name, tensors)
         spread = nanoseconds(partial(made.merge_into, out_P), num_elements, options.runs)
-        rows.append((name, spread, f"{made.moved_bytes / num_elements / spread.median:.1f}"))
+        fused: Spread | str = "-"
+        if kernels.library is not None and made.merge_by_kernels_into(out_P, kernels.library):
+            action = partial(made.merge_by_kernels_into, out_P, kernels.library)
+            fused = report.data[f"{name} by kernels"] = nanoseconds(action, num_elements, options.runs)
+        rows.append((name, spread, f"{made.moved_bytes / num_elements / spread.median:.1f}", fused))
         report.data[name] = spread
     report.text(
         "Nanoseconds per element of the output, least / median / greatest; GB/s counts every input and the "
         "output once."
     )
-    report.table(("method", "ns per element", "GB/s"), rows)
+    report.table(("method", "eager, ns per element", "eager, GB/s", "kernels, ns per element"), rows)
     report.write(options.results)
 
 
