@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ def evaluate(
     if split not in SPLITS:
         raise RecipeError(f"the split {split!r} is none of {', '.join(SPLITS)}.")
     spec = evaluation if isinstance(evaluation, EvaluationSpec) else read_evaluation(evaluation)
+    spec = _with_data(spec, split, on_remark)
     checkpoint = _open(model, allow_pickle)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in checkpoint.tied.items()}
@@ -114,6 +115,19 @@ def save_scores(path: str, scores: Mapping[str, Scores]) -> None:
         f"{task}.{name}": array for task, found in scores.items() for name, array in found.items()
     }
     np.savez_compressed(path, **arrays)
+
+
+def _with_data(spec: EvaluationSpec, split: Split, on_remark: Callable[[str], None]) -> EvaluationSpec:
+    """Leave out the tasks without test data when these are scored, as a grid does."""
+    if split == "validation":
+        return spec
+    kept = tuple(task for task in spec.tasks if task.test is not None)
+    if not kept:
+        raise RecipeError("no task has test data; give one a `test:`, or score the validation split.")
+    if len(kept) < len(spec.tasks):
+        left_out = ", ".join(task.name for task in spec.tasks if task.test is None)
+        on_remark(f"without test data, and so left out: {left_out}")
+    return replace(spec, tasks=kept)
 
 
 def _open(model: str, allow_pickle: bool) -> Checkpoint:

@@ -57,6 +57,20 @@ def test_python_and_command_line_agree(tiny_checkpoints: Maker, tasks: Path, tmp
     assert f"{found.metrics['text.loss'].value:.4f}" not in test.stdout
 
 
+def test_tasks_without_test_data_are_left_out_of_the_test_split(tiny_checkpoints: Maker, tasks: Path) -> None:
+    model, data = tiny_checkpoints("llama").base, str(tasks.parent / "data")
+    section = [
+        {"name": "a", "kind": "loss", "validation": data, "test": data},
+        {"name": "b", "kind": "loss", "validation": data},
+    ]
+    remarks: list[str] = []
+    found = raymerge.evaluate(model, section, split="test", on_remark=remarks.append)
+    assert list(found.scores) == ["a"]
+    assert remarks == ["without test data, and so left out: b"]
+    with pytest.raises(RecipeError, match="no task has test data"):
+        raymerge.evaluate(model, section[1:], split="test")
+
+
 def test_samples_are_the_same_rows_every_time_and_nested(tiny_checkpoints: Maker, tasks: Path) -> None:
     model = tiny_checkpoints("llama").base
 

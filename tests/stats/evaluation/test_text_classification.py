@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,22 @@ def test_bad_input(
         expect_fit(
             evaluation_of(kind="text_classification", validation=texts, test=str(texts), head=head), merged
         )
+
+
+def test_batches_can_be_scored_by_threads_side_by_side(
+    make_head: Any, texts: Path, scored: Callable[..., Any]
+) -> None:
+    folder = make_head("BertForSequenceClassification", 1)
+    prepared, model = scored(
+        folder,
+        kind="text_classification",
+        validation=texts,
+        label_column="score",
+        regression=True,
+        batch_tokens=40,
+    )
+    alone = prepared.score(model)
+    with ThreadPoolExecutor(4) as threads:
+        parts = list(threads.map(lambda i: prepared.score(model, i, i + 1), range(prepared.num_batches)))
+    assert len(parts) > 8
+    np.testing.assert_array_equal(concatenate(parts)["predicted"], alone["predicted"])
