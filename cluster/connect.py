@@ -190,6 +190,10 @@ def ray_session(address: str | None) -> Iterator[None]:
             )
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ClusterError(" ".join(str(error).split())) from error  # names both versions of Ray and Python
     finally:
         if handler is not None:  # Ray puts its own in place, which ends the process in the middle
             signal.signal(signal.SIGTERM, handler)

@@ -40,6 +40,7 @@ from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeEr
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import PieceReport, RunContext
+from raymerge.merge_actors.versions import installed_versions
 
 #: Gives a worker group, connected and perhaps used before, and takes it back.
 Workers = AbstractContextManager[tuple[WorkerGroup, Placement]]
@@ -317,6 +318,7 @@ class _Run:
         folders = wave.plan.input_folders() - {model.folder for model in wave.hub_models}
         return RunContext(
             run_id=wave.fingerprint,
+            versions=installed_versions(),
             settings=wave.plan.settings,
             device=placement.device,
             num_threads=placement.threads_per_worker,

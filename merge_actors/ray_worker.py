@@ -20,6 +20,7 @@ from raymerge.merge_actors.task import (
     SolveTask,
     TaskReport,
 )
+from raymerge.merge_actors.versions import check_versions
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
 
@@ -46,6 +47,7 @@ class RayMergeWorker:
                 self._begin(context)
 
     def _begin(self, context: RunContext) -> None:
+        check_versions(context.versions)
         if context.device == "cpu":
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
             # too, but then Ray cannot use the processes that it keeps ready.)

@@ -308,6 +308,8 @@ class RunContext:
     """URIs under which every worker must be able to write."""
     stage: str | None = None
     """Folder on each node's own disk for ranges of remote inputs, and for outputs before their upload."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the driver; a worker with others is refused."""
     thrift: int = 0
     """How often memory ran out so far: from the first time on a worker has one task under way and not two,
     and each time it takes half as much of an input at once."""
