@@ -24,6 +24,7 @@ _COMMANDS = {
     "grid": "raymerge.cli.grid",
     "search": "raymerge.cli.search",
     "report": "raymerge.cli.report",
+    "status": "raymerge.cli.status",
     "submit": "raymerge.cli.submit",
     "jobs": "raymerge.cli.jobs",
 }

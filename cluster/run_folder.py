@@ -22,7 +22,7 @@ from raymerge.merge_actors.files import write_error
 
 JOURNAL_NAME = "journal.jsonl"
 MANIFEST_NAME = "raymerge_manifest.json"
-_LOCK_NAME = "lock"
+LOCK_NAME = "lock"
 
 
 class RunFolder:
@@ -65,7 +65,7 @@ class RunFolder:
         try:
             os.makedirs(self.path, exist_ok=True)
             descriptor = os.open(
-                os.path.join(self.path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+                os.path.join(self.path, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
             )
         except OSError as error:
             raise OutputError(f"cannot write next to {self.out}: {error.strerror}") from error
@@ -86,7 +86,7 @@ class RunFolder:
                 yield
             finally:
                 with contextlib.suppress(OSError):
-                    if os.listdir(self.path) == [_LOCK_NAME]:  # nothing came of the run: leave no trace
+                    if os.listdir(self.path) == [LOCK_NAME]:  # nothing came of the run: leave no trace
                         shutil.rmtree(self.path)
         finally:
             os.close(descriptor)
@@ -94,7 +94,7 @@ class RunFolder:
     def _is_lock(self, descriptor: int) -> bool:
         """Return whether an open file is the lock that others find in the folder."""
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(self.path, _LOCK_NAME)))
+            return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(self.path, LOCK_NAME)))
         except FileNotFoundError:
             return False
 
@@ -121,7 +121,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove an earlier run's journal and outputs; the lock stays."""
         for name in os.listdir(self.path):
-            if name != _LOCK_NAME:
+            if name != LOCK_NAME:
                 path = os.path.join(self.path, name)
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 

@@ -1,0 +1,166 @@
+"""Where a run stands, from what it has written: no process is asked, so it works from any machine that sees OUT."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from raymerge.cluster.journal import read_journal
+from raymerge.cluster.remote_run_folder import RemoteRunFolder
+from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, RunFolder
+from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
+from raymerge.merge_actors.storage.uris import is_remote
+
+State = Literal["running", "unfinished", "finished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """A run as its folder shows it."""
+
+    out: str
+    state: State
+    """An unfinished run has no driver: it was killed, or failed, and goes on with --resume."""
+    num_done: int
+    """Finished tasks of the waves that have begun."""
+    num_tasks: int
+    read_bytes: int
+    write_bytes: int
+    started: float | None
+    """Seconds since 1970; of a resumed run, the first start."""
+    last_progress: float | None
+    """When the journal was written last, in seconds since 1970."""
+    owner: str | None
+    """Who runs it: process, host and since when."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self)
+
+    def text(self, now: float | None = None) -> str:
+        """Return it in words.
+
+        Args:
+            now: seconds since 1970, to say how long ago something was; None for this moment.
+        """
+        if self.state == "finished":
+            return f"{self.out}: finished"
+        now = time.time() if now is None else now
+        moved = self.read_bytes + self.write_bytes
+        parts = [f"{self.out}: {self.state}, {self.num_done:,} of {self.num_tasks:,} tasks"]
+        parts.append(f"{moved / 1e9:.1f} GB moved")
+        if self.last_progress is not None:
+            parts.append(f"last task {max(0.0, now - self.last_progress):.0f} s ago")
+        parts.append(self.owner if self.owner and self.state == "running" else "go on with --resume")
+        return ", ".join(parts)
+
+
+def run_status(out: str | os.PathLike[str]) -> RunStatus:
+    """Return where the run for OUT stands.
+
+    Args:
+        out: the output folder of a merge, local or in an object store.
+
+    Raises:
+        OutputError: there is neither an output nor a run for it.
+    """
+    place = os.fspath(out)
+    folder = RemoteRunFolder(place, is_campaign=False) if is_remote(place) else RunFolder(place)
+    owner, is_alive = _remote_owner(folder.path) if is_remote(place) else _local_owner(folder.path)
+    headers, num_done, moved, last = [], 0, [0, 0], None
+    for number in itertools.count():  # one journal for each wave that has begun
+        path = folder.journal_path + (f".{number}" if number else "")
+        if not folder.has_journal(path):
+            break
+        header, reports = read_journal(path)
+        headers.append(header)
+        num_done += len(reports)
+        moved = [
+            moved[0] + sum(r.read_bytes for r in reports),
+            moved[1] + sum(r.write_bytes for r in reports),
+        ]
+        last = _modified(path)
+    if not headers and not is_alive:
+        if not _is_output(folder.out):
+            raise OutputError(f"{folder.out} is no output of raymerge, and no run for it is under way")
+        return _status(folder.out, "finished", [], 0, (0, 0), None, None)
+    state: State = "running" if is_alive else "unfinished"
+    return _status(folder.out, state, headers, num_done, (moved[0], moved[1]), last, owner)
+
+
+def _status(
+    out: str,
+    state: State,
+    headers: list[dict[str, Any]],
+    num_done: int,
+    moved: tuple[int, int],
+    last: float | None,
+    owner: str | None,
+) -> RunStatus:
+    return RunStatus(
+        out=out,
+        state=state,
+        num_done=num_done,
+        num_tasks=sum(int(header.get("num_tasks", 0)) for header in headers),
+        read_bytes=moved[0],
+        write_bytes=moved[1],
+        started=headers[0].get("started") if headers else None,
+        last_progress=last,
+        owner=owner,
+    )
+
+
+def _is_output(out: str) -> bool:
+    """Return whether a folder is an output, or holds those of a campaign."""
+    if exists(f"{out}/{MANIFEST_NAME}"):
+        return True
+    inside = (
+        [entry.name for entry in entries(out) if entry.is_folder]
+        if is_remote(out) or os.path.isdir(out)
+        else []
+    )
+    return any(exists(f"{out}/{name}/{MANIFEST_NAME}") for name in inside)
+
+
+def _local_owner(folder: str) -> tuple[str | None, bool]:
+    """Return who holds a run folder, and whether somebody does."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(os.path.join(folder, LOCK_NAME), "rb") as file:
+            owner = _in_words(json.loads(file.read()))
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return owner, True
+            return owner, False
+    return None, False
+
+
+def _remote_owner(folder: str) -> tuple[str | None, bool]:
+    """Return who wrote the latest ticket, and whether it was written lately."""
+    tickets = [entry for entry in entries(folder) if entry.name.startswith(TICKET_PREFIX)]
+    if not tickets:
+        return None, False
+    latest = max(tickets, key=lambda entry: entry.modified_seconds or 0.0)
+    owner = None
+    with contextlib.suppress(ValueError, KeyError):
+        owner = _in_words(json.loads(read_bytes(f"{folder}/{latest.name}")))
+    return owner, time.time() - (latest.modified_seconds or 0.0) < STALE_SECONDS
+
+
+def _in_words(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+
+
+def _modified(path: str) -> float | None:
+    if is_remote(path):
+        times = [entry.modified_seconds for entry in entries(path) if entry.modified_seconds is not None]
+        return max(times, default=None)
+    return os.stat(path).st_mtime

@@ -1,0 +1,66 @@
+"""Where a run stands, read from its folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import raymerge
+from raymerge.cli.main import main
+from raymerge.cluster.journal import Journal
+from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.status import run_status
+from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.task import TaskReport
+
+
+def _report(number: int) -> TaskReport:
+    return TaskReport(
+        number=number,
+        pieces=(),
+        read_bytes=3_000_000_000,
+        write_bytes=1_000_000_000,
+        read_seconds=0.0,
+        merge_seconds=0.0,
+        write_seconds=0.0,
+    )
+
+
+def test_a_run_is_running_then_unfinished(tmp_path):
+    folder = RunFolder(str(tmp_path / "out"))
+    with folder.locked():
+        journal = Journal.create(folder.journal_path, "plan", {"num_tasks": 5})
+        journal.add(_report(0))
+        journal.add(_report(1))
+        second = Journal.create(folder.journal_path + ".1", "plan", {"num_tasks": 2})
+        running = run_status(tmp_path / "out")
+        assert (running.state, running.num_done, running.num_tasks) == ("running", 2, 7)
+        assert (running.read_bytes, running.write_bytes) == (6_000_000_000, 2_000_000_000)
+        assert running.last_progress is not None
+        words = running.text(now=running.last_progress + 12)
+        assert "running, 2 of 7 tasks, 8.0 GB moved, last task 12 s ago, process " in words
+        journal.close()
+        second.close()
+    left = run_status(tmp_path / "out")
+    assert left.state == "unfinished"
+    assert left.text().endswith("go on with --resume")
+    shown = CliRunner().invoke(main, ["status", str(tmp_path / "out"), "--json"])
+    assert shown.exit_code == 1
+    assert json.loads(shown.output)["num_done"] == 2
+
+
+def test_a_finished_output_and_none(tiny_checkpoints, tmp_path):
+    family = tiny_checkpoints("llama")
+    entries = [{"model": str(model), "parameters": {"weight": 1}} for model in family.models[:2]]
+    recipes = [{"name": name, "merge_method": "linear", "models": entries} for name in ("a", "b")]
+    raymerge.merge(recipes, tmp_path / "both", in_process=True)
+    assert run_status(tmp_path / "both").state == "finished"
+    assert run_status(tmp_path / "both" / "a").state == "finished"
+    shown = CliRunner().invoke(main, ["status", str(tmp_path / "both"), "--watch"])
+    assert (shown.exit_code, shown.output) == (0, f"{tmp_path / 'both'}: finished\n")
+    (tmp_path / "other").mkdir()
+    for name in ("other", "absent"):
+        with pytest.raises(OutputError, match="no output of raymerge, and no run for it"):
+            run_status(tmp_path / name)
