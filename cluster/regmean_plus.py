@@ -177,11 +177,11 @@ class RegMeanPlusRun:
     def _run_stage(self, stage: Stage) -> None:
         """Measure and merge one stage; on success it is in the state on disk."""
         state = self._measurer.state
-        self.on_stage(f"{self._label(stage)}: measuring")
+        self.on_stage(f"note: {self._label(stage)}: measuring")
         started = time.monotonic()
         measured = self._measurer.measure(stage, self._merged_places(state.merged))
         state.measure_seconds += time.monotonic() - started
-        self.on_stage(f"{self._label(stage)}: merging")
+        self.on_stage(f"note: {self._label(stage)}: merging")
         tensors = self._tensors_of(stage, measured)
         num_tasks = self._merge(tensors)
         state.finish_stage(
