@@ -1,7 +1,6 @@
 """How a recipe names a model: path[@revision][+adapter[@revision]], or a mapping.
 
-A path is a local folder or a Hub id; a URI is read as one, though only local folders and the Hub are
-opened today. Nothing is looked up here.
+A path is a local folder, a URI or a Hub id. Nothing is looked up here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ class ModelRef:
     """One model as a recipe names it; hashable, and equal when it is the same reference."""
 
     path: str
-    """Local folder, Hub id, or the name of an earlier recipe of the campaign."""
+    """Local folder, URI, Hub id, or the name of an earlier recipe of the campaign."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; None for the default branch and for folders."""
     adapter: ModelRef | None = None
