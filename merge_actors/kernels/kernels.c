@@ -39,7 +39,7 @@ typedef struct {
     int64_t pattern;              /* LARGEST: the cut's value, as a bit pattern */
     int64_t cut_begin, cut_end;   /* LARGEST: before, all equals of the value stay; behind, none ... */
     int64_t quota;                /* ... and between, the first so many */
-    int64_t num_taken;            /* equals that were kept so far; 0 at first */
+    int64_t num_taken;            /* equals that were kept so far in this pass */
     double factor;
 } Step;
 
@@ -377,11 +377,18 @@ static double sum_of_lanes(double *lanes) {
     return lanes[0];
 }
 
+/* Start a pass over the slice: no quota is used up. */
+static void start(const Slice *slice) {
+    for (int64_t m = 0; m < slice->num_models; m++)
+        for (int64_t s = 0; s < slice->models[m].num_steps; s++) slice->models[m].steps[s].num_taken = 0;
+}
+
 /* Merge a slice. Returns 1, or 0 if an input holds NaN or infinity; the output is then of no use. */
 int raymerge_merge(const Slice *slice, const Formula *formula) {
     float *base = slice->scratch, *total = base + TILE, *divisor = total + TILE, *elected = divisor + TILE;
     float *vectors = elected + TILE;
     double lanes[LANES];
+    start(slice);
     for (int64_t first = 0, unit = 0; first < slice->num_elements; first += slice->unit, unit++) {
         int64_t left = slice->num_elements - first, stop = first + (left < slice->unit ? left : slice->unit);
         memset(lanes, 0, sizeof lanes);
@@ -406,6 +413,7 @@ int64_t raymerge_sample(const Slice *slice, int64_t stride, uint32_t *out) {
     float *base = slice->scratch, *delta = base + TILE;
     Model *model = &slice->models[0];
     int64_t num_sampled = 0, next = 0;
+    start(slice);
     for (int64_t first = 0; first < slice->num_elements; first += slice->unit) {
         int64_t left = slice->num_elements - first, stop = first + (left < slice->unit ? left : slice->unit);
         next = first;
@@ -458,6 +466,7 @@ int raymerge_answer(const Slice *slice, const Question *question) {
     uint32_t low = (uint32_t)question->low, span = (uint32_t)(question->high - question->low);
     uint32_t above = (uint32_t)question->above;
     Model *model = &slice->models[0];
+    start(slice);
     for (int64_t first = 0, unit = 0; first < slice->num_elements; first += slice->unit, unit++) {
         int64_t left = slice->num_elements - first, stop = first + (left < slice->unit ? left : slice->unit);
         uint32_t *of_unit = inside;

@@ -139,6 +139,16 @@ def _slices(
     return eager, fused
 
 
+def test_each_question_is_a_pass_of_its_own() -> None:
+    # Two ranks are two questions about what a step with a quota leaves.
+    base = torch.zeros(10)
+    model = torch.tensor([-3.0, 6.0, -2.0, -9.0, 2.0, 0.0, 0.5, 1.0, -5.0, 1.5])
+    sparsify = {"method": "magnitude", "density": 0.5}
+    chosen = _settings("breadcrumbs", {"density": 0.5, "gamma": 0.1}, sparsify, [1.0])
+    (eager,), (fused,) = _slices("breadcrumbs", chosen, base, [model], None)
+    assert prepare_slices([fused]) == prepare_slices([eager])
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     mode=st.sampled_from(MODES),
