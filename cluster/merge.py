@@ -142,7 +142,7 @@ def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
         except RaymergeError as error:
             # A refused input leaves nothing behind; what else failed can be resumed if it got anywhere.
             if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
-                folder.clear()
+                folder.abandon()
             raise
         outputs = folder.commit([recipe.name for recipe in recipes], is_campaign=len(recipes) > 1)
         folder.remove()

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
-from raymerge.merge_actors.errors import OutputError, RecipeError
+from raymerge.merge_actors.errors import OutputError, RaymergeError, RecipeError
 from raymerge.merge_actors.storage.folders import entries, exists
 from raymerge.merge_actors.storage.objects import delete_folder, delete_objects, upload_file
 from raymerge.merge_actors.storage.uris import absolute, checked, is_remote
@@ -109,6 +109,11 @@ class RemoteRunFolder:
         for folder in self._prepared:
             delete_folder(folder)
         self._prepared.clear()
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that failed before it got anywhere, if the store lets us."""
+        with contextlib.suppress(RaymergeError):  # what the run failed of is the news
+            self.clear()
 
     def check_space(self, num_bytes: int) -> None:
         """Check nothing: a store has no end, and a node looks at its disk when it begins a file."""

@@ -125,6 +125,10 @@ class RunFolder:
                 path = os.path.join(self.path, name)
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
+    def abandon(self) -> None:
+        """Leave nothing of a run that failed before it got anywhere."""
+        self.clear()
+
     def check_space(self, num_bytes: int) -> None:
         """Refuse a run whose output will not fit.
 

@@ -98,7 +98,7 @@ class StoreLock:
 
     def _beat(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OutputError):  # the next one may get through
+            with contextlib.suppress(RaymergeError):  # the next one may get through
                 # Not written anew when it is gone: somebody has taken the folder over.
                 if any(entry.name == self._name for entry in entries(self._folder)):
                     self._write()

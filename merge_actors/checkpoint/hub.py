@@ -16,7 +16,8 @@ import xxhash
 
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.merge_actors.errors import CheckpointError
-from raymerge.merge_actors.storage.mirror import SMALL_FILES
+from raymerge.merge_actors.storage.folders import entries
+from raymerge.merge_actors.storage.mirror import SMALL_FILES, mirrored
 from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -44,7 +45,8 @@ def locate(
         CheckpointError: there is no such folder, or the Hub does not give it.
     """
     if is_remote(path):
-        return _remote(path, revision)
+        uri = _remote(path, revision)
+        return uri if weights else mirrored(uri, entries(uri))
     local = absolute(path)
     if os.path.exists(local):
         if revision is not None:

@@ -58,7 +58,8 @@ def with_retries(action: Callable[[], T], what: str, error_class: type[RaymergeE
             if attempt == MOST_ATTEMPTS:
                 raise error_class(
                     f"cannot {what}: {attempt} attempts in {time.monotonic() - started:.0f} s failed, the last one "
-                    f"with: {one_line(error)}; see whether the storage works, then run again with --resume"
+                    f"with: {one_line(error)}; see whether the storage works, then try again (a merge goes on "
+                    "with --resume)"
                 ) from error
         pause = min(MOST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
         time.sleep(pause * random.uniform(0.5, 1.0))

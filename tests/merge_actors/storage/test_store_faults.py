@@ -57,7 +57,8 @@ def test_a_store_that_keeps_failing_is_named(
     object_store.fail(kind, "faults/data", times=1000)
     expected = (
         rf"cannot read bytes \[5,000, 6,000\) of s3://{BUCKET}/faults/data: {retry.MOST_ATTEMPTS} attempts in \d s "
-        r"failed, the last one with: .+; see whether the storage works, then run again with --resume"
+        r"failed, the last one with: .+; see whether the storage works, then try again \(a merge goes on "
+        r"with --resume\)"
     )
     with pytest.raises(CheckpointError, match=expected):
         files.read_into(f"s3://{BUCKET}/faults/data", 5000, memoryview(bytearray(1000)))
