@@ -120,6 +120,8 @@ def _write(
     with panels(page.with_name(f"{page.stem}_tradeoff.png"), ["general against skill"], 7.5, 5.4) as (axes,):
         for colour, sweep in zip(COLOURS, (*skills, ALL), strict=False):
             of_sweep = [point for point in points if (point.axes or {})["sweep"] == sweep]
+            if not of_sweep:
+                continue
             probes = skills if sweep == ALL else [sweep]
             _write_sweep(report, sweep, of_sweep, answers, general, probes)
             _draw_sweep(axes, colour, sweep, of_sweep, answers, general, probes)
