@@ -42,6 +42,7 @@ from raymerge.cli.shared import recipe_options
     help="Folder on each node's own disk: ranges of remote inputs are fetched once per node, and outputs for an "
     "object store are made there [default: no copies of inputs; outputs in the temporary folder].",
 )
+@click.option("--trace", type=click.Path(), help="Write a timeline for chrome://tracing or ui.perfetto.dev.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")

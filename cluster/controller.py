@@ -111,6 +111,7 @@ class Controller:
         journal: Journal,
         on_progress: Callable[[Totals], None] = lambda totals: None,
         in_flight: InFlight | None = None,
+        on_done: Callable[[Done], None] = lambda done: None,
         known: KnownStates | None = None,
     ) -> None:
         """Take a plan.
@@ -121,10 +122,12 @@ class Controller:
             journal: what has been done already.
             on_progress: called now and then with what was done in this run.
             in_flight: remembers who has which task.
+            on_done: told of each finished instruction.
             known: what earlier runs measured on the same models.
         """
         self._known = known
         self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
+        self._on_done = on_done
         self.totals = Totals()
         self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
         #: tasks whose states are being gathered, in the order of the plan
@@ -293,6 +296,7 @@ class Controller:
 
     def _finish(self, done: Done) -> None:
         report = done.report
+        self._on_done(done)
         self.totals = self.totals.plus(report)
         if isinstance(report, TaskReport):
             self._journal.add(report)

@@ -35,7 +35,8 @@ from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
-from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
+from raymerge.cluster.trace import Trace
+from raymerge.cluster.worker_group import Done, InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.uris import is_remote
@@ -139,6 +140,8 @@ def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
             folder.clear()
         try:
             run.carry_out(waves(recipes))
+            if run.trace:
+                run.trace.write()
         except RaymergeError as error:
             # A refused input leaves nothing behind; what else failed can be resumed if it got anywhere.
             if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
@@ -163,6 +166,7 @@ class _Run:
         self.folder, self.options, self.workers = folder, options, workers
         self.remark, self.show_progress = remark, show_progress
         self.opened = OpenedInputs()
+        self.trace = Trace(options.trace) if options.trace else None
         self.totals = Totals()
         self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
@@ -226,7 +230,9 @@ class _Run:
         try:
             self._write_metadata(wave)
             group.start(self._context(wave, placement))
-            controller = Controller(plan, group, journal, progress.show if self.show_progress else _silent)
+            show = progress.show if self.show_progress else _silent
+            on_done = self.trace.add if self.trace else _untraced
+            controller = Controller(plan, group, journal, show, on_done=on_done)
             totals = controller.run()
         except BaseException:
             group.close()  # a worker may still be writing into a folder that is about to go
@@ -350,3 +356,7 @@ class _Run:
 
 def _silent(progress: object) -> None:
     del progress
+
+
+def _untraced(done: Done) -> None:
+    del done

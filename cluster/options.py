@@ -38,6 +38,8 @@ class MergeOptions:
     """Merge inputs that hold NaN or infinity."""
     allow_pickle: bool = False
     """Read PyTorch .bin files (weights only) where a model has no safetensors."""
+    trace: str | None = None
+    """File for a timeline of the run, for chrome://tracing or ui.perfetto.dev."""
     stage: str | None = None
     """Folder on each node's own disk: remote inputs are fetched into it once per node, and outputs for an object
     store are made there; None fetches where it is needed, and makes outputs in the temporary folder."""

@@ -69,6 +69,8 @@ class RayGroup:
         self._starting: dict[Any, tuple[int, Any]] = {}
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
         self._next_number = 0
+        #: Ray's counter of lost workers
+        self._lost: Any = None
         self._run = -1
         self._losses_left = LOSSES_PER_WORKER * num_workers
         #: when there was a worker last, when the user was told that there is none, when we looked for new nodes
@@ -225,6 +227,16 @@ class RayGroup:
             self._in_flight[reference] = (worker, instruction)
             return self._lose(worker, str(error).strip().splitlines()[0])
 
+    def _count_loss(self) -> None:
+        """Tell Ray's metrics that a worker was lost."""
+        from ray.util.metrics import Counter
+
+        if self._lost is None:
+            self._lost = Counter(
+                "raymerge_lost_workers", description="Merge workers that died.", tag_keys=("run",)
+            )
+        self._lost.inc(1, {"run": self._run_context.run_id[:12] if self._run_context else ""})
+
     def _lose(self, worker: int, reason: str) -> list[Event]:
         """Forget a dead actor, start another, and hand its instructions back."""
         lost = tuple(instruction for number, instruction in self._in_flight.values() if number == worker)
@@ -240,6 +252,7 @@ class RayGroup:
             self._run_context = dataclasses.replace(self._run_context, thrift=self._run_context.thrift + 1)
             self._context = ray.put(self._run_context)
             self._on_remark("a worker ran out of memory: its successor holds less of the inputs at once")
+        self._count_loss()
         self._losses_left -= 1
         if self._losses_left < 0:
             raise ClusterError(

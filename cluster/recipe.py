@@ -66,9 +66,10 @@ class SourceUse:
     @property
     def measurement(self) -> Measurement | None:
         """Whose statistics these are, and where they are or what they are measured on; None without any."""
+        if self.statistics is None:
+            return None if self.data is None else (self.model.key, self.data)
         source = self.statistics if self.samples is None else f"{self.statistics}@{self.samples}"
-        source = source or self.data
-        return None if source is None else (self.model.key, source)
+        return self.model.key, source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.ray_metrics import ActorMetrics
 from raymerge.merge_actors.task import (
     FileTask,
     MeasureReport,
@@ -23,6 +24,8 @@ from raymerge.merge_actors.task import (
 from raymerge.merge_actors.versions import check_versions
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
+R = TypeVar("R", TaskReport, MeasureReport)
+
 
 # One thread a lane, and one so that a ping is answered while all lanes are busy.
 @ray.remote(max_concurrency=NUM_LANES + 1, max_restarts=0)
@@ -33,6 +36,7 @@ class RayMergeWorker:
         self._setting_up = threading.Lock()
         self._run = -1
         self._worker: MergeWorker | None = None
+        self._metrics: ActorMetrics | None = None
         self._hosted: Any = None
 
     def setup(self, context: RunContext, run: int) -> None:
@@ -58,23 +62,24 @@ class RayMergeWorker:
         # it must not wait for Python's default of 5 ms.
         sys.setswitchinterval(2e-4)
         self._worker = MergeWorker(context)
+        self._metrics = ActorMetrics(context.run_id)
         self._worker.check()
 
     def merge(self, task: MergeTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.merge`."""
-        return self._ready().merge(task, states)
+        return self._counted(self._ready().merge(task, states))
 
     def make_files(self, task: FileTask, states: Mapping[int, TensorState]) -> TaskReport:
         """See `MergeWorker.make_files`."""
-        return self._ready().make_files(task, states)
+        return self._counted(self._ready().make_files(task, states))
 
     def solve(self, task: SolveTask) -> TaskReport:
         """See `MergeWorker.solve`."""
-        return self._ready().solve(task)
+        return self._counted(self._ready().solve(task))
 
     def measure(self, task: MeasureTask) -> MeasureReport:
         """See `MergeWorker.measure`."""
-        return self._ready().measure(task)
+        return self._counted(self._ready().measure(task))
 
     def host(self, make: Callable[..., Any], *arguments: Any) -> tuple[int, str]:
         """Make another worker in this process, on the same device; returns the process id and the node's address."""
@@ -90,6 +95,15 @@ class RayMergeWorker:
     def hosted_value(self, name: str) -> Any:
         """Return an attribute of the hosted worker, also while it works."""
         return getattr(self._hosted, name)
+
+    def __repr__(self) -> str:
+        run = self._worker.context.run_id[:12] if self._worker else "starting"
+        return f"merge worker, run {run}"  # Ray puts it in front of every line of the actor's log
+
+    def _counted(self, report: R) -> R:
+        assert self._metrics is not None
+        self._metrics.count(report, self._ready().gpu_peak_bytes())
+        return report
 
     def _ready(self) -> MergeWorker:
         assert self._worker is not None, "instructions come after setup"

@@ -1,0 +1,56 @@
+"""The metrics that actors export, and the dashboard that draws them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import raymerge
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _exported() -> str:
+    import ray
+
+    pages = []
+    for node in ray.nodes():
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(address, timeout=5) as page:
+            pages.append(page.read().decode())
+    return "\n".join(pages)
+
+
+def test_bytes_and_tasks_of_a_merge_are_exported(ray_session, tiny_checkpoints, tmp_path):
+    family = tiny_checkpoints("llama")
+    entries = [{"model": str(model), "parameters": {"weight": 1}} for model in family.models]
+    with raymerge.Session(workers=1) as session:
+        result = session.merge({"merge_method": "linear", "models": entries}, tmp_path / "out")
+        deadline = time.monotonic() + 60
+        found = None
+        while found is None and time.monotonic() < deadline:  # Ray exports every few seconds
+            time.sleep(0.5)
+            found = re.search(r"^ray_raymerge_read_bytes_total\{.*\} (\S+)$", _exported(), re.M)
+    assert found and float(found[1]) >= result.totals.read_bytes
+    page = _exported()
+    assert re.search(r'^ray_raymerge_task_seconds_bucket\{.*phase="merge".*\}', page, re.M)
+
+
+def test_the_dashboard_draws_metrics_that_exist():
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "raymerge.json").read_text())
+    source = (ROOT / "merge_actors" / "ray_metrics.py").read_text() + (
+        ROOT / "cluster" / "ray_group.py"
+    ).read_text()
+    known = {
+        f"raymerge_{name.removeprefix('raymerge_')}"
+        for name in re.findall(r'(?:counter|Counter|Gauge|Histogram)\(\s*f?"(\w+)"', source)
+    }
+    assert len(known) >= 6
+    drawn = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            drawn |= set(re.findall(r"ray_(raymerge_\w+?)(?:_total|_bucket|_sum)?\{", target["expr"]))
+    assert drawn and drawn <= known
