@@ -1,0 +1,1 @@
+../../raymerge/__main__.py
