@@ -11,13 +11,15 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from raymerge.merge_actors.errors import CheckpointError, OutputError
-from raymerge.merge_actors.host_input import HostInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from raymerge.merge_actors.host_input import HostInput
 
 #: Linux moves at most 0x7ffff000 bytes a call.
 _MOST_BYTES_A_CALL = 1 << 30

@@ -78,7 +78,6 @@ def test_resume_repeats_no_finished_file(
     ):
         run(recipe, out)
     left = {key.rpartition("/")[2] for key in object_store.keys(key_of(out) + "/")}
-    assert {"model-00001-of-00009.safetensors", "model-00002-of-00009.safetensors"} <= left
     assert not {name for name in left if not name.endswith(".safetensors")}, "it looks finished"
     with pytest.raises(RaymergeError):
         raymerge.verify(out)
@@ -88,20 +87,14 @@ def test_resume_repeats_no_finished_file(
         run({**recipe, "dtype": "bfloat16"}, out, resume=True)
     object_store.faults.clear()
     object_store.forget()
+    done = len(read_journal(RemoteRunFolder(out, is_campaign=False).journal_path)[1])
     result = run(recipe, out, resume=True)
     written = [each.key.rpartition("/")[2] for each in object_store.requests if each.method == "PUT"]
-    assert result.num_resumed >= 2
-    assert result.totals.num_tasks == result.num_tasks - result.num_resumed
-    assert not {"model-00001-of-00009.safetensors", "model-00002-of-00009.safetensors"} & set(written)
-    order = [
-        name
-        for name in written
-        if name in ("config.json", "raymerge_manifest.json", "model.safetensors.index.json")
-    ]
-    assert order == ["config.json", "raymerge_manifest.json", "model.safetensors.index.json"]
-    assert written.index("config.json") > max(
-        i for i, name in enumerate(written) if name.endswith(".safetensors")
-    )
+    assert 0 < done == result.num_resumed
+    assert result.totals.num_tasks == result.num_tasks - done
+    assert len([name for name in written if name.endswith(".safetensors")]) == result.num_tasks - done
+    last = [name for name in written if name and not name.startswith("lock-")][-3:]
+    assert last == ["config.json", "raymerge_manifest.json", "model.safetensors.index.json"]
     local = run(recipe, str(tmp_path / "local"))
     expected = {path.name: path.read_bytes() for path in Path(local.outputs[0]).iterdir()}
     assert contents(object_store, out).items() <= expected.items()
