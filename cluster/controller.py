@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from raymerge.cluster.in_flight import InFlight
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.plan import Plan, StatePlan
+from raymerge.cluster.recipe_failures import recipes_left_out, recipes_to_blame, without
 from raymerge.cluster.worker_group import (
     DEPTH,
     Done,
@@ -28,7 +29,7 @@ from raymerge.cluster.worker_group import (
     Lost,
     WorkerGroup,
 )
-from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.errors import ClusterError, RaymergeError
 from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.prepare import (
@@ -113,6 +114,7 @@ class Controller:
         in_flight: InFlight | None = None,
         on_done: Callable[[Done], None] = lambda done: None,
         known: KnownStates | None = None,
+        may_drop: bool = False,
     ) -> None:
         """Take a plan.
 
@@ -124,19 +126,23 @@ class Controller:
             in_flight: remembers who has which task.
             on_done: told of each finished instruction.
             known: what earlier runs measured on the same models.
+            may_drop: go on without a recipe that fails, as long as there is another.
         """
         self._known = known
         self._plan, self._group, self._journal, self._on_progress = plan, group, journal, on_progress
         self._on_done = on_done
         self.totals = Totals()
-        self._waiting = deque(task for task in plan.tasks if task.number not in journal.done)
+        self._may_drop = may_drop
+        #: recipes that failed, and why; None for those that an earlier run had given up
+        self.dropped: dict[int, RaymergeError | None] = {}
+        if may_drop:
+            self.dropped = dict.fromkeys(recipes_left_out(plan, journal.done))
+        rest = (without(task, self.dropped) for task in plan.tasks if task.number not in journal.done)
+        self._waiting = deque(task for task in rest if task is not None and not isinstance(task, MeasureTask))
         #: tasks whose states are being gathered, in the order of the plan
         self._aside: list[MergeTask | SolveTask | FileTask] = []
         #: states that some unfinished task still needs -> how many tasks
         self._needed: dict[int, int] = {}
-        for task in self._waiting:
-            for state in task.states:
-                self._needed[state] = self._needed.get(state, 0) + 1
         self._states: dict[int, TensorState] = {}
         self._gathering: dict[int, _Gathering] = {}
         self._urgent: deque[Instruction] = deque()
@@ -144,6 +150,7 @@ class Controller:
         self._tasks = {task.number: task for task in self._waiting}
         #: numbers of the tasks that are not done
         self._unfinished = set(self._tasks)
+        self._needed = self._count_needed()
         self._in_flight = in_flight or InFlight()
         self._attempts: dict[tuple[int, str, int], int] = {}
 
@@ -186,7 +193,7 @@ class Controller:
         if load or self._waiting or self._aside or self._gathering:
             return None
         number = self._in_flight.overdue(worker)
-        if number is None or isinstance(self._tasks[number], FileTask):
+        if number is None or isinstance(self._tasks.get(number), FileTask | None):
             return None  # whole files are staged on a node's disk: a second upload would only compete
         self.totals = dataclasses.replace(self.totals, num_speculated=self.totals.num_speculated + 1)
         return self._tasks[number]
@@ -291,8 +298,54 @@ class Controller:
             if event.instruction.number in self._journal.done:
                 return  # another worker was faster
         if isinstance(event, Failed):
-            raise event.error
-        self._finish(event)
+            self._drop(event)
+        else:
+            self._finish(event)
+
+    def _drop(self, failed: Failed) -> None:
+        """Go on without the recipes that an instruction failed for.
+
+        Raises:
+            RaymergeError: the error, if no recipe is to blame for it, or all have failed by now.
+        """
+        blamed = recipes_to_blame(failed.instruction, failed.error) if self._may_drop else frozenset()
+        everyone = self.dropped.keys() | blamed
+        if not blamed or len(everyone) == len(self._plan.recipes):
+            raise failed.error
+        if blamed - self.dropped.keys():
+            assert isinstance(failed.error, RaymergeError)
+            self.dropped |= dict.fromkeys(blamed - self.dropped.keys(), failed.error)
+            self._forget_dropped()
+        again = without(failed.instruction, self.dropped)
+        if again is not None:
+            self._urgent.append(again)
+
+    def _forget_dropped(self) -> None:
+        """Take the dropped recipes out of everything that is still to be done."""
+        stripped = {number: without(task, self.dropped) for number, task in self._tasks.items()}
+        self._tasks = {
+            number: task
+            for number, task in stripped.items()
+            if task is not None and not isinstance(task, MeasureTask)
+        }
+        self._unfinished &= self._tasks.keys()
+        waiting = [*self._aside, *self._waiting]  # what stepped aside for a dropped state is ready now
+        self._waiting = deque(self._tasks[task.number] for task in waiting if task.number in self._tasks)
+        self._aside.clear()
+        urgent = (without(instruction, self.dropped) for instruction in self._urgent)
+        self._urgent = deque(instruction for instruction in urgent if instruction is not None)
+        for number, gathering in list(self._gathering.items()):
+            if gathering.plan.pieces[0].jobs[0].recipe in self.dropped:
+                del self._gathering[number]
+        self._needed = self._count_needed()
+
+    def _count_needed(self) -> dict[int, int]:
+        """Count for each state the unfinished tasks that need it."""
+        needed: dict[int, int] = {}
+        for number in self._unfinished:
+            for state in self._tasks[number].states:
+                needed[state] = needed.get(state, 0) + 1
+        return needed
 
     def _finish(self, done: Done) -> None:
         report = done.report
@@ -301,12 +354,14 @@ class Controller:
         if isinstance(report, TaskReport):
             self._journal.add(report)
             self._unfinished.discard(report.number)
-            assert not isinstance(done.instruction, MeasureTask)
-            for state in done.instruction.states:
+            task = self._tasks.get(report.number)  # None if its recipes were dropped meanwhile
+            for state in task.states if task else ():
                 self._needed[state] -= 1
                 if self._needed[state] == 0 and not self._plan.states[state].is_model_wide:
                     del self._states[state]
             return
+        if report.state not in self._gathering:
+            return  # of a recipe that was dropped meanwhile
         gathering = self._gathering[report.state]
         assert isinstance(done.instruction, MeasureTask)
         job = done.instruction.piece.jobs[0]
@@ -331,7 +386,9 @@ class Controller:
                     f"a task was lost with its worker {MOST_ATTEMPTS} times, the last time: {lost.reason}; "
                     "use a smaller --slice-mib if memory ran out"
                 )
-            self._urgent.append(instruction)
+            again = without(instruction, self.dropped)
+            if again is not None:
+                self._urgent.append(again)
         retries = self.totals.num_retries + len(lost.instructions)
         self.totals = dataclasses.replace(self.totals, num_retries=retries)
 

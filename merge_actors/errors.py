@@ -17,6 +17,11 @@ The command line turns each into one sentence and exit code 1. A bug of ours is 
 class RaymergeError(ValueError):
     """Base of every error that names something the user can change."""
 
+    recipe: int | None = None
+    """Number of the recipe of a campaign that it is about, where a task works for several."""
+    path: str | None = None
+    """The input file that it is about."""
+
 
 class RecipeError(RaymergeError):
     """A recipe, a grid file or an option breaks a rule."""

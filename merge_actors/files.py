@@ -107,13 +107,14 @@ class LocalFiles:
                 part = buffer[done : done + _MOST_BYTES_A_CALL]
                 moved = os.preadv(descriptor, [part], offset + done)
                 if moved == 0:
-                    raise CheckpointError(
+                    raise _about(
+                        path,
                         f"{path} ends at byte {offset + done}, {len(buffer) - done} bytes before the tensor "
-                        "does: it was truncated or replaced during the merge"
+                        "does: it was truncated or replaced during the merge",
                     )
                 done += moved
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+            raise _about(path, f"cannot read {path}: {error.strerror}") from error
 
     def read_many(self, reads: Sequence[RangeRead]) -> None:
         """Fill many buffers, by file and offset."""
@@ -174,6 +175,12 @@ def allow_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and refuses it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _about(path: str, sentence: str) -> CheckpointError:
+    error = CheckpointError(sentence)
+    error.path = path
+    return error
 
 
 def write_error(path: str, error: OSError) -> OutputError:

@@ -514,7 +514,9 @@ class MergeWorker:
                 f"[{piece.begin:,}, {piece.end:,})"
             )
             if not self.context.allow_nan:
-                raise NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
+                error = NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
+                error.recipe = job.recipe
+                raise error
             if message not in warnings:
                 warnings.append(message)
 
