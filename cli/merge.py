@@ -80,6 +80,8 @@ def merge_command(
             err=True,
         )
         raise SystemExit(130) from None
+    for name, reason in result.failed.items():
+        click.echo(f"error: recipe {name} was not merged: {reason}", err=True)
     if as_json:
         print_json(result.to_mapping())
     elif not quiet:
@@ -97,3 +99,5 @@ def merge_command(
                 else ""
             )
         )
+    if result.failed:
+        raise SystemExit(1)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge.cluster.campaign import (
@@ -31,6 +31,7 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.recipe_failures import is_of_a_recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
@@ -52,7 +53,7 @@ class MergeResult:
     """What a merge did."""
 
     outputs: tuple[str, ...]
-    """Folder of each recipe's checkpoint, in the order of the recipes."""
+    """Folder of each merged recipe's checkpoint, in the order of the recipes."""
     totals: Totals
     """Work of this run; tasks that an earlier run had finished are not in it."""
     num_tasks: int
@@ -64,6 +65,8 @@ class MergeResult:
     num_workers: int
     remarks: tuple[str, ...]
     """What the user should know: ineffective keys, copied tensors, NaN that was let through."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Why a recipe was not merged, by its name: of several recipes, some may fail."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -91,8 +94,11 @@ def merge(
         show_progress: print progress on stderr.
         workers: gives the workers, which are started if it is None; a session has its own.
 
+    Of several recipes, one that fails is left out, and the result says why; the others are merged.
+
     Raises:
-        RaymergeError: with one sentence for the user; OUT is then as it was before.
+        RaymergeError: with one sentence for the user; OUT is then as it was before. Of several recipes,
+            all have failed, or what failed is not the fault of one.
     """
     started = time.monotonic()
     options = options or MergeOptions()
@@ -128,6 +134,7 @@ def merge(
         device=run.placement.device,
         num_workers=run.placement.num_workers,
         remarks=tuple(remarks),
+        failed={name: str(error) for name, error in run.failed.items()},
     )
 
 
@@ -147,7 +154,10 @@ def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
             if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
                 folder.abandon()
             raise
-        outputs = folder.commit([recipe.name for recipe in recipes], is_campaign=len(recipes) > 1)
+        for name in run.failed:
+            folder.discard(name)
+        merged = [recipe.name for recipe in recipes if recipe.name not in run.failed]
+        outputs = folder.commit(merged, is_campaign=len(recipes) > 1)
         folder.remove()
     return outputs
 
@@ -170,24 +180,89 @@ class _Run:
         self.totals = Totals()
         self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
+        self.failed: dict[str, RaymergeError] = {}
+        """Recipes that are left out, by name."""
 
     def carry_out(self, ordered: Sequence[Sequence[Recipe]]) -> None:
         """Plan and run wave after wave on one worker group."""
         recipes = [recipe for wave in ordered for recipe in wave]
         folders = {recipe.name: self.folder.output(recipe.name) for recipe in recipes}
-        first = self._plan(ordered[0], folders)
+        first = self._plan_some(ordered[0], folders, len(recipes))
         with self.workers as (group, placement):
             self.placement = placement
             for number, wave in enumerate(ordered):
-                planned = first if number == 0 else self._plan(wave, folders)
-                if planned.missing:
-                    self._measure(planned.missing, group, placement)
-                    planned = self._plan(wave, folders)
-                self._run_wave(number, planned, group, placement)
+                planned = first if number == 0 else self._plan_some(wave, folders, len(recipes))
+                while planned is not None:
+                    try:
+                        if planned.missing:
+                            self._measure(planned.missing, group, placement)
+                            planned = self._plan(self._left(wave), folders)
+                        self._run_wave(number, planned, group, placement, may_drop=len(recipes) > 1)
+                        break
+                    except RaymergeError as error:
+                        self._blame(planned, error, len(recipes))
+                        planned = self._plan_some(wave, folders, len(recipes))
+
+    def _left(self, wave: Sequence[Recipe]) -> list[Recipe]:
+        """Return the recipes of a wave that have not failed."""
+        return [recipe for recipe in wave if recipe.name not in self.failed]
+
+    def _blame(self, wave: PlannedWave, error: RaymergeError, num_recipes: int) -> None:
+        """Leave out the recipe that an error is about, or all of the wave.
+
+        Raises:
+            RaymergeError: the error, if it is not about recipes, or no recipe is left.
+        """
+        if not is_of_a_recipe(error):
+            raise error
+        names = [plan.recipe.name for plan in wave.plan.recipes]
+        blamed = names if error.recipe is None else [names[error.recipe]]
+        self._fail(dict.fromkeys(blamed, error), num_recipes)
+
+    def _plan_some(
+        self, recipes: Sequence[Recipe], folders: dict[str, str], num_recipes: int
+    ) -> PlannedWave | None:
+        """Plan those recipes of a wave that can be merged; None if none can."""
+        for recipe in self._left(recipes):
+            lost = next((name for name in recipe.depends_on if name in self.failed), None)
+            if lost is not None:
+                self._fail({recipe.name: RecipeError(f"it uses {lost}, which was not merged")}, num_recipes)
+        left = self._left(recipes)
+        if not left:
+            return None
+        try:
+            return self._plan(left, folders)
+        except RaymergeError as error:
+            if num_recipes == 1 or not is_of_a_recipe(error):
+                raise
+            found: dict[str, RaymergeError] = {}
+            for recipe in left:  # by itself each says what is wrong with it
+                try:
+                    quick_check([recipe], self._plan_quietly([recipe], folders).models)
+                except RaymergeError as own:
+                    found[recipe.name] = own
+            if not found:
+                raise
+            self._fail(found, num_recipes)
+            return self._plan_some(left, folders, num_recipes)
+
+    def _fail(self, errors: Mapping[str, RaymergeError], num_recipes: int) -> None:
+        """Leave recipes out.
+
+        Raises:
+            RaymergeError: the first error, if no recipe is left.
+        """
+        for name, error in errors.items():
+            self.failed.setdefault(name, error)
+        if len(self.failed) == num_recipes:
+            raise next(iter(self.failed.values()))
+
+    def _plan_quietly(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
+        results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
+        return plan_wave(recipes, folders, self.options, results, self.opened)
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
-        results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
-        planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        planned = self._plan_quietly(recipes, folders)
         if planned.missing:  # planned again when that is measured
             return planned
         for line in planned.remarks:
@@ -212,7 +287,9 @@ class _Run:
         )
         progress.clear()
 
-    def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
+    def _run_wave(
+        self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement, *, may_drop: bool
+    ) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave, placement)
         if is_sequential(plan.recipes[0].recipe):
@@ -232,7 +309,7 @@ class _Run:
             group.start(self._context(wave, placement))
             show = progress.show if self.show_progress else _silent
             on_done = self.trace.add if self.trace else _untraced
-            controller = Controller(plan, group, journal, show, on_done=on_done)
+            controller = Controller(plan, group, journal, show, on_done=on_done, may_drop=may_drop)
             totals = controller.run()
         except BaseException:
             group.close()  # a worker may still be writing into a folder that is about to go
@@ -242,6 +319,11 @@ class _Run:
             journal.close()
             self.num_finished += len(journal.done)
         self.totals = self.totals.plus_totals(totals)
+        for dropped, error in controller.dropped.items():
+            name = plan.recipes[dropped].recipe.name
+            self.failed[name] = error or RecipeError(
+                "it failed in the run that this one resumes; mend what was wrong and merge it by itself"
+            )
         for line in dict.fromkeys(line for report in journal.done.values() for line in report.warnings):
             self.remark(line)
         figures = {
@@ -308,16 +390,22 @@ class _Run:
 
     def _write_metadata(self, wave: PlannedWave) -> None:
         """Write config, tokenizer and card: what cannot be built fails before a weight is read."""
-        for plan, vocabulary, heads in zip(wave.plan.recipes, wave.vocabularies, wave.heads, strict=True):
-            for line in write_metadata_files(
-                self.folder.small_files(plan.recipe.name),
-                plan.recipe,
-                wave.models,
-                plan.tensors,
-                plan.layout,
-                vocabulary,
-                heads,
-            ):
+        given = zip(wave.plan.recipes, wave.vocabularies, wave.heads, strict=True)
+        for number, (plan, vocabulary, heads) in enumerate(given):
+            try:
+                said = write_metadata_files(
+                    self.folder.small_files(plan.recipe.name),
+                    plan.recipe,
+                    wave.models,
+                    plan.tensors,
+                    plan.layout,
+                    vocabulary,
+                    heads,
+                )
+            except RaymergeError as error:
+                error.recipe = number
+                raise
+            for line in said:
                 self.remark(f"{plan.recipe.name}: {line}")
 
     def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
@@ -342,6 +430,8 @@ class _Run:
             for piece in report.pieces:
                 reports.setdefault(piece.recipe, []).append(piece)
         for number, plan in enumerate(wave.plan.recipes):
+            if plan.recipe.name in self.failed:
+                continue
             manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), figures)
             try:
                 small_files = self.folder.small_files(plan.recipe.name)

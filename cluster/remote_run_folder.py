@@ -115,6 +115,11 @@ class RemoteRunFolder:
         with contextlib.suppress(RaymergeError):  # what the run failed of is the news
             self.clear()
 
+    def discard(self, name: str) -> None:
+        """Remove what there is of a recipe's output, if the store lets us: it is no checkpoint anyway."""
+        with contextlib.suppress(RaymergeError):
+            delete_folder(self.output(name))
+
     def check_space(self, num_bytes: int) -> None:
         """Check nothing: a store has no end, and a node looks at its disk when it begins a file."""
 

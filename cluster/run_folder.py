@@ -129,6 +129,10 @@ class RunFolder:
         """Leave nothing of a run that failed before it got anywhere."""
         self.clear()
 
+    def discard(self, name: str) -> None:
+        """Remove what there is of a recipe's output: it failed, and the others are committed."""
+        shutil.rmtree(self.output(name), ignore_errors=True)
+
     def check_space(self, num_bytes: int) -> None:
         """Refuse a run whose output will not fit.
 
