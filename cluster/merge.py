@@ -21,6 +21,7 @@ from raymerge.cluster.campaign import (
     read_recipes,
     waves,
 )
+from raymerge.cluster.campaign_failures import CampaignFailures
 from raymerge.cluster.connect import Placement, connected
 from raymerge.cluster.controller import Controller, Totals
 from raymerge.cluster.inspect import quick_check
@@ -31,7 +32,6 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
 from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
-from raymerge.cluster.recipe_failures import is_of_a_recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
@@ -134,7 +134,7 @@ def merge(
         device=run.placement.device,
         num_workers=run.placement.num_workers,
         remarks=tuple(remarks),
-        failed={name: str(error) for name, error in run.failed.items()},
+        failed={name: str(error) for name, error in run.failures.errors.items()},
     )
 
 
@@ -154,9 +154,9 @@ def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
             if isinstance(error, NotFiniteError) or not (options.resume or run.num_finished):
                 folder.abandon()
             raise
-        for name in run.failed:
+        for name in run.failures.errors:
             folder.discard(name)
-        merged = [recipe.name for recipe in recipes if recipe.name not in run.failed]
+        merged = [recipe.name for recipe in run.failures.left(recipes)]
         outputs = folder.commit(merged, is_campaign=len(recipes) > 1)
         folder.remove()
     return outputs
@@ -180,89 +180,45 @@ class _Run:
         self.totals = Totals()
         self.num_tasks = self.num_resumed = self.num_finished = 0
         self.placement: Placement | None = None
-        self.failed: dict[str, RaymergeError] = {}
-        """Recipes that are left out, by name."""
+        self.failures = CampaignFailures(1)
 
     def carry_out(self, ordered: Sequence[Sequence[Recipe]]) -> None:
         """Plan and run wave after wave on one worker group."""
         recipes = [recipe for wave in ordered for recipe in wave]
         folders = {recipe.name: self.folder.output(recipe.name) for recipe in recipes}
-        first = self._plan_some(ordered[0], folders, len(recipes))
+        self.failures = CampaignFailures(len(recipes))
+
+        def plan(wave: Sequence[Recipe]) -> PlannedWave | None:
+            return self.failures.plan(
+                wave, lambda some: self._plan(some, folders), lambda one: self._probe(one, folders)
+            )
+
+        first = plan(ordered[0])
         with self.workers as (group, placement):
             self.placement = placement
             for number, wave in enumerate(ordered):
-                planned = first if number == 0 else self._plan_some(wave, folders, len(recipes))
+                planned = first if number == 0 else plan(wave)
                 while planned is not None:
                     try:
                         if planned.missing:
                             self._measure(planned.missing, group, placement)
-                            planned = self._plan(self._left(wave), folders)
-                        self._run_wave(number, planned, group, placement, may_drop=len(recipes) > 1)
+                            planned = self._plan(self.failures.left(wave), folders)
+                        self._run_wave(number, planned, group, placement)
                         break
                     except RaymergeError as error:
-                        self._blame(planned, error, len(recipes))
-                        planned = self._plan_some(wave, folders, len(recipes))
+                        self.failures.blame(planned, error)
+                        planned = plan(wave)
 
-    def _left(self, wave: Sequence[Recipe]) -> list[Recipe]:
-        """Return the recipes of a wave that have not failed."""
-        return [recipe for recipe in wave if recipe.name not in self.failed]
-
-    def _blame(self, wave: PlannedWave, error: RaymergeError, num_recipes: int) -> None:
-        """Leave out the recipe that an error is about, or all of the wave.
-
-        Raises:
-            RaymergeError: the error, if it is not about recipes, or no recipe is left.
-        """
-        if not is_of_a_recipe(error):
-            raise error
-        names = [plan.recipe.name for plan in wave.plan.recipes]
-        blamed = names if error.recipe is None else [names[error.recipe]]
-        self._fail(dict.fromkeys(blamed, error), num_recipes)
-
-    def _plan_some(
-        self, recipes: Sequence[Recipe], folders: dict[str, str], num_recipes: int
-    ) -> PlannedWave | None:
-        """Plan those recipes of a wave that can be merged; None if none can."""
-        for recipe in self._left(recipes):
-            lost = next((name for name in recipe.depends_on if name in self.failed), None)
-            if lost is not None:
-                self._fail({recipe.name: RecipeError(f"it uses {lost}, which was not merged")}, num_recipes)
-        left = self._left(recipes)
-        if not left:
-            return None
-        try:
-            return self._plan(left, folders)
-        except RaymergeError as error:
-            if num_recipes == 1 or not is_of_a_recipe(error):
-                raise
-            found: dict[str, RaymergeError] = {}
-            for recipe in left:  # by itself each says what is wrong with it
-                try:
-                    quick_check([recipe], self._plan_quietly([recipe], folders).models)
-                except RaymergeError as own:
-                    found[recipe.name] = own
-            if not found:
-                raise
-            self._fail(found, num_recipes)
-            return self._plan_some(left, folders, num_recipes)
-
-    def _fail(self, errors: Mapping[str, RaymergeError], num_recipes: int) -> None:
-        """Leave recipes out.
-
-        Raises:
-            RaymergeError: the first error, if no recipe is left.
-        """
-        for name, error in errors.items():
-            self.failed.setdefault(name, error)
-        if len(self.failed) == num_recipes:
-            raise next(iter(self.failed.values()))
-
-    def _plan_quietly(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
+    def _probe(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
+        """Plan recipes and say nothing about it."""
         results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
-        return plan_wave(recipes, folders, self.options, results, self.opened)
+        planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        quick_check(recipes, planned.models)
+        return planned
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
-        planned = self._plan_quietly(recipes, folders)
+        results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
+        planned = plan_wave(recipes, folders, self.options, results, self.opened)
         if planned.missing:  # planned again when that is measured
             return planned
         for line in planned.remarks:
@@ -288,7 +244,7 @@ class _Run:
         progress.clear()
 
     def _run_wave(
-        self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement, *, may_drop: bool
+        self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement
     ) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave, placement)
@@ -309,7 +265,7 @@ class _Run:
             group.start(self._context(wave, placement))
             show = progress.show if self.show_progress else _silent
             on_done = self.trace.add if self.trace else _untraced
-            controller = Controller(plan, group, journal, show, on_done=on_done, may_drop=may_drop)
+            controller = Controller(plan, group, journal, show, on_done=on_done, may_drop=self.failures.may_drop)
             totals = controller.run()
         except BaseException:
             group.close()  # a worker may still be writing into a folder that is about to go
@@ -321,7 +277,7 @@ class _Run:
         self.totals = self.totals.plus_totals(totals)
         for dropped, error in controller.dropped.items():
             name = plan.recipes[dropped].recipe.name
-            self.failed[name] = error or RecipeError(
+            self.failures.errors[name] = error or RecipeError(
                 "it failed in the run that this one resumes; mend what was wrong and merge it by itself"
             )
         for line in dict.fromkeys(line for report in journal.done.values() for line in report.warnings):
@@ -430,7 +386,7 @@ class _Run:
             for piece in report.pieces:
                 reports.setdefault(piece.recipe, []).append(piece)
         for number, plan in enumerate(wave.plan.recipes):
-            if plan.recipe.name in self.failed:
+            if plan.recipe.name in self.failures.errors:
                 continue
             manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), figures)
             try:
