@@ -45,7 +45,9 @@ def main() -> None:
     """Parse the options, measure both places, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=LLAMA_SHAPES, default="small")
-    parser.add_argument("--shard-size", default="40MB", help="of inputs and output: files are uploaded whole")
+    parser.add_argument(
+        "--shard-size", default="16MB", help="of inputs and output; moto reads an object whole for any range"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--uri", help="folder in a store [default: an S3 server started here]")

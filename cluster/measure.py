@@ -20,7 +20,9 @@ from raymerge.cluster.parallel import map_in_order
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import element_bytes, is_float
+from raymerge.merge_actors.files import RangeRead
 from raymerge.merge_actors.storage.storage_files import StorageFiles
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.decode import decode
 from raymerge.stats.delta import Agreement, DeltaStatistics, measure_agreement, measure_delta
 from raymerge.stats.verdict import MatrixRow
@@ -31,6 +33,8 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BLOCK_ELEMENTS = 1 << 17
 #: Elements that a thread measures before it hands its figures over.
 _PIECE_ELEMENTS = 1 << 22
+#: Threads where models come over the network: they wait most of the time.
+_NUM_WAITING_THREADS = 8
 #: Length of a strip when a tensor is sampled, and tensors that are always read whole.
 _STRIP_ELEMENTS = 1 << 14
 
@@ -172,7 +176,9 @@ def measure(
     pieces = ((number, strips) for number, each in enumerate(selections) for strips in _cut(each.strips))
     try:
         measured = map_in_order(
-            lambda piece: (piece[0], reader.measure(selections[piece[0]], piece[1])), pieces, num_threads
+            lambda piece: (piece[0], reader.measure(selections[piece[0]], piece[1])),
+            pieces,
+            max(num_threads, _NUM_WAITING_THREADS) if _are_remote(selections) else num_threads,
         )
         for number, group in itertools.groupby(measured, key=lambda pair: pair[0]):
             sums = _Sums()
@@ -188,6 +194,11 @@ def measure(
     finally:
         reader.files.close()
     return result
+
+
+def _are_remote(selections: Sequence[Selection]) -> bool:
+    infos = (info for selection in selections for info in selection.infos)
+    return any(info is not None and is_remote(info.file) for info in infos)
 
 
 @dataclass(slots=True)
@@ -226,10 +237,7 @@ class _Reader:
         # float64 only where an input has it, and then for all, so that equal values stay equal.
         is_double = any(info is not None and info.dtype == "F64" for info in selection.infos)
         dtype = np.dtype(np.float64 if is_double else np.float32)
-        values = [
-            self._read(info, index, begin, end, dtype, sums) if info else None
-            for index, info in enumerate(selection.infos)
-        ]
+        values = self._read(selection.infos, begin, end, dtype, sums)
         deltas: dict[int, NDArray[np.floating]] = {}
         for index, (base, model) in enumerate(self.comparisons):
             base_P, model_P = values[base], values[model]
@@ -241,13 +249,31 @@ class _Reader:
         return sums
 
     def _read(
-        self, info: TensorInfo, index: int, begin: int, end: int, dtype: np.dtype[np.floating], sums: _Sums
-    ) -> NDArray[np.floating]:
-        width = element_bytes(info.dtype)
-        raw = self._buffer("raw", np.dtype(np.uint8), _BLOCK_ELEMENTS * 8)[: (end - begin) * width]
-        self.files.read_into(info.file, info.begin + begin * width, raw.data)
-        sums.read_bytes += len(raw)
-        return decode(raw, info.dtype, self._buffer(f"{index} {dtype}", dtype, _BLOCK_ELEMENTS))
+        self,
+        infos: Sequence[TensorInfo | None],
+        begin: int,
+        end: int,
+        dtype: np.dtype[np.floating],
+        sums: _Sums,
+    ) -> list[NDArray[np.floating] | None]:
+        """Return elements [begin, end) of every model that has the tensor, read together."""
+        reads = []
+        raws: list[NDArray[np.uint8] | None] = []
+        for index, info in enumerate(infos):
+            raws.append(None)
+            if info is not None:
+                width = element_bytes(info.dtype)
+                buffer = self._buffer(f"{index} raw", np.dtype(np.uint8), _BLOCK_ELEMENTS * 8)
+                raws[index] = raw = buffer[: (end - begin) * width]
+                reads.append(RangeRead(info.file, info.begin + begin * width, raw.data))
+                sums.read_bytes += len(raw)
+        self.files.read_many(reads)
+        return [
+            None
+            if info is None or raw is None
+            else decode(raw, info.dtype, self._buffer(f"{index} {dtype}", dtype, _BLOCK_ELEMENTS))
+            for index, (info, raw) in enumerate(zip(infos, raws, strict=True))
+        ]
 
     def _buffer(self, key: str, dtype: np.dtype, num_elements: int) -> NDArray:  # type: ignore[type-arg]
         buffers = self._local.__dict__

@@ -16,7 +16,7 @@ NUM_IN_FLIGHT = 16
 #: Bytes of a request at most: enough that its latency hardly counts.
 REQUEST_BYTES = 8 << 20
 #: Neighbours in a file that are smaller than this are fetched by one request.
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES = 4 << 20
 
 Fetch = Callable[[str, int, memoryview], None]
 
