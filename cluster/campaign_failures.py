@@ -23,7 +23,7 @@ class CampaignFailures:
 
     @property
     def may_drop(self) -> bool:
-        """Is there more than one recipe, so that one may fail alone?"""
+        """Whether there is more than one recipe, so that one may fail alone."""
         return self._num_recipes > 1
 
     def left(self, recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -43,12 +43,12 @@ class ModelFolders:
 
     def folder_of(self, wave: PlannedWave) -> ModelFolder:
         """Return the folder of a point's model; its files are written if no earlier point had the same."""
-        (plan,), (vocabulary,) = wave.plan.recipes, wave.vocabularies
+        (plan,), (vocabulary,), (heads,) = wave.plan.recipes, wave.vocabularies, wave.heads
         signature = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors)
         key = (repr(_without_weights(plan.recipe.to_mapping())), repr(vocabulary), signature)
         if key not in self._by_key:
             path = tempfile.mkdtemp(dir=self.root)
-            write_metadata_files(path, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary)
+            write_metadata_files(path, plan.recipe, wave.models, plan.tensors, plan.layout, vocabulary, heads)
             fingerprint = _fingerprint(path, signature)
             if fingerprint in self._by_fingerprint:
                 shutil.rmtree(path)

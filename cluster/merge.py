@@ -243,9 +243,7 @@ class _Run:
         )
         progress.clear()
 
-    def _run_wave(
-        self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement
-    ) -> None:
+    def _run_wave(self, number: int, wave: PlannedWave, group: WorkerGroup, placement: Placement) -> None:
         plan = wave.plan
         journal = self._open_journal(number, wave, placement)
         if is_sequential(plan.recipes[0].recipe):
@@ -265,7 +263,9 @@ class _Run:
             group.start(self._context(wave, placement))
             show = progress.show if self.show_progress else _silent
             on_done = self.trace.add if self.trace else _untraced
-            controller = Controller(plan, group, journal, show, on_done=on_done, may_drop=self.failures.may_drop)
+            controller = Controller(
+                plan, group, journal, show, on_done=on_done, may_drop=self.failures.may_drop
+            )
             totals = controller.run()
         except BaseException:
             group.close()  # a worker may still be writing into a folder that is about to go
