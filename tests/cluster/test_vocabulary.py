@@ -31,14 +31,14 @@ def _read(wave: PlannedWave, recipe: int = 0, tensor: str = EMBEDDING) -> dict[s
     """Return per model the first column of the rows that the worker would merge."""
     import torch
 
-    from raymerge.merge_actors.files import Files
+    from raymerge.merge_actors.files import LocalFiles
     from raymerge.merge_actors.inputs import arena_bytes, read_pieces
 
     for task in wave.plan.tasks:
         arena_P = torch.full(
             (arena_bytes(task.pieces),), 0x7F, dtype=torch.uint8
         )  # rows nobody fills stand out
-        inputs = read_pieces(task.pieces, Files(), arena_P)
+        inputs = read_pieces(task.pieces, LocalFiles(), arena_P)
         for piece, of_piece in zip(task.pieces, inputs, strict=True):
             for job in piece.jobs:
                 if (job.recipe, job.tensor) == (recipe, tensor):
@@ -262,7 +262,7 @@ def test_slicing_does_not_change_rows(tmp_path: Path, write_token_model: Writer)
 
     import torch
 
-    from raymerge.merge_actors.files import Files
+    from raymerge.merge_actors.files import LocalFiles
     from raymerge.merge_actors.inputs import arena_bytes, read_pieces
 
     one = write_token_model(tmp_path / "one", 1, [f"t{i}" for i in range(50)])
@@ -271,7 +271,7 @@ def test_slicing_does_not_change_rows(tmp_path: Path, write_token_model: Writer)
     piece = next(p for t in wave.plan.tasks for p in t.pieces if p.jobs[0].tensor == EMBEDDING)
 
     def read(part: Any) -> list[torch.Tensor]:
-        return read_pieces([part], Files(), torch.zeros(arena_bytes([part]), dtype=torch.uint8))[0]
+        return read_pieces([part], LocalFiles(), torch.zeros(arena_bytes([part]), dtype=torch.uint8))[0]
 
     whole = [tensor.clone() for tensor in read(piece)]
     edges = [0, 2, 14, 70, piece.end]  # whole rows
@@ -286,7 +286,7 @@ def test_a_low_rank_update_moves_with_its_rows(base: Path, permuted: Path) -> No
 
     import torch
 
-    from raymerge.merge_actors.files import Files
+    from raymerge.merge_actors.files import LocalFiles
     from raymerge.merge_actors.inputs import arena_bytes, read_pieces
     from raymerge.merge_actors.task import LowRankRead
 
@@ -302,7 +302,9 @@ def test_a_low_rank_update_moves_with_its_rows(base: Path, permuted: Path) -> No
         )
         reads = tuple(replace(r, low_rank=low_rank) if "permuted" in r.model else r for r in piece.reads)
         changed = replace(piece, reads=reads)
-        inputs = read_pieces([changed], Files(), torch.zeros(arena_bytes([changed]), dtype=torch.uint8))[0]
+        inputs = read_pieces([changed], LocalFiles(), torch.zeros(arena_bytes([changed]), dtype=torch.uint8))[
+            0
+        ]
         index = next(i for i, read in enumerate(reads) if read.low_rank)
         assert inputs[index].view(-1, 2)[:, 0].tolist() == [201, 207, 203, 209]
 
