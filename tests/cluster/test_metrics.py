@@ -24,17 +24,22 @@ def _exported() -> str:
     return "\n".join(pages)
 
 
+def _total(name: str) -> float:
+    """Sum a counter over all runs and actors."""
+    return sum(
+        float(each) for each in re.findall(rf"^ray_raymerge_{name}_total{{.*}} (\S+)$", _exported(), re.M)
+    )
+
+
 def test_bytes_and_tasks_of_a_merge_are_exported(ray_session, tiny_checkpoints, tmp_path):
     family = tiny_checkpoints("llama")
     entries = [{"model": str(model), "parameters": {"weight": 1}} for model in family.models]
     with raymerge.Session(workers=1) as session:
         result = session.merge({"merge_method": "linear", "models": entries}, tmp_path / "out")
         deadline = time.monotonic() + 60
-        found = None
-        while found is None and time.monotonic() < deadline:  # Ray exports every few seconds
+        while _total("read_bytes") < result.totals.read_bytes:  # Ray exports every few seconds
+            assert time.monotonic() < deadline
             time.sleep(0.5)
-            found = re.search(r"^ray_raymerge_read_bytes_total\{.*\} (\S+)$", _exported(), re.M)
-    assert found and float(found[1]) >= result.totals.read_bytes
     page = _exported()
     assert re.search(r'^ray_raymerge_task_seconds_bucket\{.*phase="merge".*\}', page, re.M)
 
