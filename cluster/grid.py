@@ -231,12 +231,15 @@ class GridRun:
         todo: list[int] = []
         kept: list[dict[str, Any]] = []
         same: list[int | None] = []
-        for number in range(self.num_points):
+        # Rows beyond --limit stay; only what is within it is run.
+        for number in range(len(self.spec.kept) if self.earlier else self.num_points):
             point = point_of(number)
             first = first_of.setdefault(point.key, number)
             if point.key in self.earlier:
                 kept.append(self.row_of(point, self.earlier[point.key], None if first == number else first))
                 same.append(self.earlier[point.key]["same_as"])
+            elif number >= self.num_points:
+                continue
             elif first == number:
                 todo.append(number)
             else:
@@ -250,7 +253,7 @@ class GridRun:
         self.progress = GridProgress(
             self.num_points,
             self.spec.selection.objectives[0],
-            num_done=len(kept),
+            num_done=sum(row["point"] < self.num_points for row in kept),
             is_shown=self.show_progress,
         )
 

@@ -120,14 +120,7 @@ def read_report(out: str, top: int = 10) -> ReportData:
         raise OutputError(
             f"{os.path.abspath(out)} holds no results of a grid or a search: no {RUN_NAME} in it"
         )
-    table = read_results(folder.path)
-    wanted = ("metric.", "stderr.", "axis.")
-    names = [
-        name
-        for name in table.column_names
-        if name.startswith(wanted) or name in ("point", "status", "same_as", "split", "seconds")
-    ]
-    rows = [row for row in table.select(names).to_pylist() if row.get("split", "validation") == "validation"]
+    rows = _validation_rows(folder)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "pruned")}
     selection = selection_of(description)
     done = [row for row in rows if row["status"] == "ok"]
@@ -161,6 +154,18 @@ def read_report(out: str, top: int = 10) -> ReportData:
         front=tuple(pareto_front(costs)) if selection.is_pareto else (),
         winners=tuple(folder.read_json(BEST_NAME) or ()),
     )
+
+
+def _validation_rows(folder: GridFolder) -> list[dict[str, Any]]:
+    """Return the rows of all points, with the columns that a report needs."""
+    table = read_results(folder.path)
+    wanted = ("metric.", "stderr.", "axis.")
+    names = [
+        name
+        for name in table.column_names
+        if name.startswith(wanted) or name in ("point", "status", "same_as", "split", "seconds")
+    ]
+    return [row for row in table.select(names).to_pylist() if row.get("split", "validation") == "validation"]
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float, ...]:

@@ -9,16 +9,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.report_data import AxisData, ReportData
+from raymerge.cluster.report_drawing import (
+    BEST_COLOUR,
+    COLOUR_MAP,
+    COLOURS,
+    MARKERS,
+    best_of_each,
+    legend,
+    level_ticks,
+    norm_of,
+    scale,
+    share_of,
+    shown_levels,
+    spread,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which people with any colour vision can tell apart; on light and dark ground.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-MARKERS = "os^Dvp"
-BEST_COLOUR = "#d55e00"
-COLOUR_MAP = "viridis"
 #: More points than this are drawn as a picture inside the plot.
 _RASTER = 1500
 #: Levels that a heat map has at most.
@@ -38,7 +48,7 @@ def along_axes(data: ReportData, figure: Figure, metric: str | None = None) -> s
         if number % columns == 0:
             plot.set_ylabel(_directed(data, metric) if metric else data.label)
     if hue and len(data.axes) > 1:
-        _legend(figure, hue)
+        legend(figure, hue)
     return f"{metric or data.label} along {'; '.join(told)}"
 
 
@@ -54,20 +64,20 @@ def _along_axis(
         values = [every[i] for i in chosen]
         colour = COLOURS[number]
         if not axis.is_numeric:  # side by side, so that points of one value do not hide each other
-            places = [place + 0.5 * (_spread(i) - 0.5) for place, i in zip(places, chosen, strict=True)]
+            places = [place + 0.5 * (spread(i) - 0.5) for place, i in zip(places, chosen, strict=True)]
         plot.scatter(
             places, values, s=11, c=colour, alpha=0.4, linewidths=0, rasterized=len(places) > _RASTER
         )
-        best = _best_of_each([axis.place(axis.values[i]) for i in chosen], values, is_max)
+        best = best_of_each([axis.place(axis.values[i]) for i in chosen], values, is_max)
         is_line = axis.is_numeric and len(axis.levels) <= _MOST_CELLS
         if is_line or not axis.is_numeric:
             line = "-" if is_line else "none"
             plot.plot(list(best), list(best.values()), color=colour, marker=MARKERS[number], linestyle=line)
-    _scale(plot.xaxis, axis, plot)
+    scale(plot.xaxis, axis, plot)
     plot.set_xlabel(axis.name)
     known = [i for i in range(len(every)) if not math.isnan(every[i])]
     best_index = (max if is_max else min)(known, key=lambda i: every[i])
-    return f"{axis.name}: best {every[best_index]:.4g} at {_text(axis.values[best_index])}"
+    return f"{axis.name}: best {every[best_index]:.4g} at {written(axis.values[best_index])}"
 
 
 def heat_maps(data: ReportData, figure: Figure, first: AxisData, second: AxisData) -> str:
@@ -91,8 +101,8 @@ def heat_maps(data: ReportData, figure: Figure, first: AxisData, second: AxisDat
                 [first.place(first.values[i]) for i in chosen], [second.place(second.values[i]) for i in chosen],
                 c=[data.objective[i] for i in chosen], s=16, cmap=COLOUR_MAP, vmin=low, vmax=high, linewidths=0,
             )  # fmt: skip
-            _scale(plot.xaxis, first, plot)
-            _scale(plot.yaxis, second, plot)
+            scale(plot.xaxis, first, plot)
+            scale(plot.yaxis, second, plot)
         plot.set_xlabel(first.name)
         if level is not None:
             plot.set_title(f"{level}", fontsize=10)
@@ -103,7 +113,7 @@ def heat_maps(data: ReportData, figure: Figure, first: AxisData, second: AxisDat
     best = data.row_of(data.ranked[0].point)
     return (
         f"{data.label} over {first.name} and {second.name}, from {low:.4g} to {high:.4g}; best at "
-        f"{_text(first.values[best])} and {_text(second.values[best])}"
+        f"{written(first.values[best])} and {written(second.values[best])}"
     )
 
 
@@ -127,8 +137,8 @@ def _cells(
         if not math.isnan(value) and is_better:
             grid[row, column] = value
     shown = plot.imshow(grid, origin="lower", aspect="auto", cmap=COLOUR_MAP, vmin=low, vmax=high)
-    _level_ticks(plot.xaxis, first)
-    _level_ticks(plot.yaxis, second)
+    level_ticks(plot.xaxis, first)
+    level_ticks(plot.yaxis, second)
     plot.tick_params(length=0)
     plot.spines[:].set_visible(False)
     if not np.all(np.isnan(grid)):
@@ -160,7 +170,7 @@ def trade_off(data: ReportData, figure: Figure, first: str, second: str) -> str:
             members = [i for i in known if hue is None or hue.values[i] == level]
             shown = plot.scatter(
                 [x[i] for i in members], [y[i] for i in members], c=[colours.place(colours.values[i]) for i in members],
-                marker=MARKERS[number], s=26, cmap=COLOUR_MAP, alpha=0.85, linewidths=0, norm=_norm(colours),
+                marker=MARKERS[number], s=26, cmap=COLOUR_MAP, alpha=0.85, linewidths=0, norm=norm_of(colours),
                 rasterized=len(members) > _RASTER, label=level,
             )  # fmt: skip
         bar = figure.colorbar(shown, pad=0.02)
@@ -208,7 +218,7 @@ def parallel_coordinates(data: ReportData, figure: Figure) -> str:
     lines, of_lines, widths = [], [], []
     num_best = max(1, len(order) // 20)
     for position, i in enumerate(order):
-        heights = [_share(axis, axis.values[i]) + 0.02 * (_spread(i) - 0.5) for axis in columns]
+        heights = [share_of(axis, axis.values[i]) + 0.02 * (spread(i) - 0.5) for axis in columns]
         heights.append((data.objective[i] - low) / (high - low) if high > low else 0.5)
         lines.append(list(enumerate(heights)))
         is_best = position >= len(order) - num_best
@@ -217,14 +227,23 @@ def parallel_coordinates(data: ReportData, figure: Figure) -> str:
     shown = LineCollection(lines, colors=of_lines, linewidths=widths)
     shown.set_rasterized(len(lines) > _RASTER)
     plot.add_collection(shown)
+    _draw_columns(data, columns, plot, low, high)
+    names = ", ".join(axis.name for axis in columns)
+    return f"each point as a line over {names} to {data.label}; the best 5 % are bold"
+
+
+def _draw_columns(data: ReportData, columns: Sequence[AxisData], plot: Axes, low: float, high: float) -> None:
+    """Draw the upright lines of parallel coordinates, and what stands beside them."""
+    from matplotlib import rcParams
+
     for position, axis in enumerate(columns):
-        plot.axvline(position, color=matplotlib.rcParams["axes.edgecolor"], linewidth=0.8)
-        for level in _shown_levels(axis):
+        plot.axvline(position, color=rcParams["axes.edgecolor"], linewidth=0.8)
+        for level in shown_levels(axis):
             plot.annotate(
-                _text(level), (position, _share(axis, level)), xytext=(-4, 0), textcoords="offset points",
+                written(level), (position, share_of(axis, level)), xytext=(-4, 0), textcoords="offset points",
                 ha="right", va="center", fontsize=7,
             )  # fmt: skip
-    plot.axvline(len(columns), color=matplotlib.rcParams["axes.edgecolor"], linewidth=0.8)
+    plot.axvline(len(columns), color=rcParams["axes.edgecolor"], linewidth=0.8)
     for value, height in ((low, 0.0), (high, 1.0)):
         plot.annotate(
             f"{value:.4g}",
@@ -240,8 +259,6 @@ def parallel_coordinates(data: ReportData, figure: Figure) -> str:
     plot.set_yticks([])
     plot.tick_params(length=0)
     plot.spines[:].set_visible(False)
-    names = ", ".join(axis.name for axis in columns)
-    return f"each point as a line over {names} to {data.label}; the best 5 % are bold"
 
 
 def history(data: ReportData, figure: Figure) -> str:
@@ -285,7 +302,7 @@ def _explained(data: ReportData, axis: AxisData, names: Sequence[str]) -> float:
         steps = len(axis.levels) > 20
         for value, metric in zip(axis.values, data.metrics.get(name, ()), strict=False):
             if not math.isnan(metric):
-                groups.setdefault(int(10 * _share(axis, value)) if steps else value, []).append(metric)
+                groups.setdefault(int(10 * share_of(axis, value)) if steps else value, []).append(metric)
         every = [metric for group in groups.values() for metric in group]
         if len(every) < 2 or (spread := statistics.pvariance(every)) == 0:
             continue
@@ -319,82 +336,14 @@ def _name_front(
     step = max(1, math.ceil(len(front) / 8))
     last = None
     for i in front[::step]:
-        text = _text(axis.values[i])
+        text = written(axis.values[i])
         if text != last:
             plot.annotate(text, (x[i], y[i]), xytext=(6, 5), textcoords="offset points", fontsize=8)
         last = text
 
 
-def _best_of_each(places: Sequence[float], values: Sequence[float], is_max: bool) -> dict[float, float]:
-    best: dict[float, float] = {}
-    for place, value in zip(places, values, strict=True):
-        if not math.isnan(value) and (place not in best or (value > best[place]) == is_max):
-            best[place] = value
-    return dict(sorted(best.items()))
-
-
-def _legend(figure: Figure, hue: AxisData) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=COLOURS[number], marker=MARKERS[number], label=str(level))
-        for number, level in enumerate(hue.levels)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
-
-
-def _scale(direction: Any, axis: AxisData, plot: Axes) -> None:
-    if not axis.is_numeric:
-        direction.set_ticks(range(len(axis.levels)), [_text(level) for level in axis.levels])
-        if direction is plot.xaxis and sum(len(_text(level)) for level in axis.levels) > 34:
-            plot.tick_params(axis="x", rotation=35)
-            for label in plot.get_xticklabels():
-                label.set_horizontalalignment("right")
-    elif axis.is_log:
-        (plot.set_xscale if direction is plot.xaxis else plot.set_yscale)("log")
-
-
-def _level_ticks(direction: Any, axis: AxisData) -> None:
-    step = max(1, math.ceil(len(axis.levels) / 12))
-    direction.set_ticks(range(0, len(axis.levels), step), [_text(level) for level in axis.levels[::step]])
-
-
-def _shown_levels(axis: AxisData) -> Sequence[Any]:
-    if not axis.is_numeric:
-        return axis.levels if len(axis.levels) <= 12 else (axis.levels[0], axis.levels[-1])
-    if len(axis.levels) > 24:
-        return (axis.levels[0], axis.levels[-1])
-    step = max(1, math.ceil(len(axis.levels) / 6))
-    return sorted({*axis.levels[::step], axis.levels[-1]})
-
-
-def _share(axis: AxisData, value: Any) -> float:
-    """Return where a value lies between the ends of its axis, in [0, 1]."""
-    low, high = axis.place(axis.levels[0]), axis.place(axis.levels[-1])
-    place = axis.place(value)
-    if axis.is_log:
-        return math.log(place / low) / math.log(high / low)
-    return (place - low) / (high - low)
-
-
-def _norm(axis: AxisData) -> Any:
-    from matplotlib.colors import LogNorm, Normalize
-
-    kind: Any = LogNorm if axis.is_log else Normalize
-    return kind(axis.place(axis.levels[0]), axis.place(axis.levels[-1]))
-
-
 def _directed(data: ReportData, metric: str) -> str:
     return metric if data.higher_is_better[metric] else f"{metric} (low is good)"
-
-
-def _spread(index: int) -> float:
-    """Return a number in [0, 1) that neighbours do not share, the same in every report."""
-    return (index * 0.6180339887498949) % 1.0
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def plots_of(data: ReportData) -> Mapping[str, Any]:

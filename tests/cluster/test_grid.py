@@ -95,6 +95,19 @@ def test_a_stopped_run_goes_on_where_it_was(family: Family, fake_runner: Any, tm
     assert (again.num_run, again.num_resumed, runner.tested) == (0, 12, [5])
 
 
+def test_a_limit_runs_less_and_loses_nothing(family: Family, fake_runner: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runner = fake_runner(_score)
+    runner.interrupt_after = 4  # the last four: this runner goes backwards
+    with pytest.raises(KeyboardInterrupt):
+        _run(_grid(family), out, runner)
+    runner.interrupt_after = None
+    result = _run(_grid(family), out, runner, resume=True, limit=3)
+    assert (result.num_run, result.num_resumed) == (3, 4)
+    rows = [row["point"] for row in read_rows(str(out)) if row["split"] == "validation"]
+    assert rows == [0, 1, 2, 8, 9, 10, 11]
+
+
 def test_a_changed_file_keeps_the_rows_that_still_belong_to_it(
     family: Family, fake_runner: Any, tmp_path: Path
 ) -> None:
