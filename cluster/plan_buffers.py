@@ -22,5 +22,6 @@ def buffer_bytes(task: MergeTask | SolveTask | FileTask) -> int:
         )
         return task.read_bytes + min(task.write_bytes, max(BATCH_BYTES, largest))
     in_features = task.grams[0].in_features
-    weights = sum(8 * job.num_elements for job in task.jobs)
-    return _SOLVE_BYTES_A_PAIR * in_features**2 + weights * (len(task.grams) + 1)
+    weights = max(sum(8 * job.num_elements for job in each.jobs) for each in task.sets)
+    kept_grams = 2 * in_features**2 * len(task.grams) if len(task.sets) > 1 else 0
+    return _SOLVE_BYTES_A_PAIR * in_features**2 + kept_grams + weights * (len(task.grams) + 1)

@@ -13,10 +13,8 @@ from raymerge.cluster.plan_reads import is_solved_for, read_of
 from raymerge.merge_actors.checksum import checksum_chunk_bytes
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
-from raymerge.merge_actors.task import GramRead, SolveJob, SolveTask
+from raymerge.merge_actors.task import GramRead, SolveJob, SolveSet, SolveTask
 
-#: (recipe number, index of the settings, a Gram per model): what the matrices of a task share.
-_Shared = tuple[int, int, tuple[GramRead, ...]]
 _GRAM_BYTES = element_bytes("F32")
 
 
@@ -25,22 +23,29 @@ def plan_solves(
     places: Sequence[Mapping[str, tuple[str, int]]],
     settings_of: Callable[[MergedTensor], int],
 ) -> list[SolveTask]:
-    """Return one task for the matrices of a recipe that share one input and one setting.
+    """Return one task for the matrices that share one input, of all recipes and settings.
+
+    Of a grid over alpha that is one task an input: its Grams and weights are read once for all points.
 
     Args:
         recipes: the tensors of each recipe.
         places: of each recipe, by tensor: output file, and first byte in it.
         settings_of: gives the index of a tensor's settings.
     """
-    groups: dict[_Shared, list[SolveJob]] = {}
+    groups: dict[tuple[GramRead, ...], dict[tuple[int, int], list[SolveJob]]] = {}
     for number, tensors in enumerate(recipes):
         for tensor in tensors:
             if is_solved_for(tensor):
                 for grams, job in _jobs(tensor, *places[number][tensor.name]):
-                    groups.setdefault((number, settings_of(tensor), grams), []).append(job)
+                    sets = groups.setdefault(grams, {})
+                    sets.setdefault((number, settings_of(tensor)), []).append(job)
     return [
-        SolveTask(number=0, recipe=number, settings=setting, grams=grams, jobs=tuple(jobs))
-        for (number, setting, grams), jobs in groups.items()
+        SolveTask(
+            number=0,
+            grams=grams,
+            sets=tuple(SolveSet(number, setting, tuple(jobs)) for (number, setting), jobs in sets.items()),
+        )
+        for grams, sets in groups.items()
     ]
 
 

@@ -25,7 +25,7 @@ def recipes_of(task: Instruction) -> frozenset[int]:
     if isinstance(task, FileTask):
         return frozenset(recipe for part in task.parts for recipe in recipes_of(part))
     if isinstance(task, SolveTask):
-        return frozenset({task.recipe})
+        return frozenset(each.recipe for each in task.sets)
     pieces = (task.piece,) if isinstance(task, MeasureTask) else task.pieces
     return frozenset(job.recipe for piece in pieces for job in piece.jobs)
 
@@ -40,6 +40,13 @@ def recipes_to_blame(task: Instruction, error: BaseException) -> frozenset[int]:
         return recipes
     if error.recipe is not None:
         return frozenset({error.recipe})
+    if isinstance(task, SolveTask):  # they share the Gram matrices, if not all of the weights
+        readers = frozenset(
+            each.recipe
+            for each in task.sets
+            if any(error.path == read.file for job in each.jobs for read in job.reads)
+        )
+        return readers or recipes
     if error.path is not None:
         return frozenset(job for piece in _pieces(task) for job in _readers(piece, error.path))
     return frozenset()
@@ -58,7 +65,9 @@ def without(task: Instruction, dropped: Collection[int]) -> Instruction | None:
         written = {
             job.file
             for part in kept
-            for jobs in ([part.jobs] if isinstance(part, SolveTask) else [piece.jobs for piece in part.pieces])
+            for jobs in (
+                [part.jobs] if isinstance(part, SolveTask) else [piece.jobs for piece in part.pieces]
+            )
             for job in jobs
         }
         return dataclasses.replace(
@@ -67,7 +76,9 @@ def without(task: Instruction, dropped: Collection[int]) -> Instruction | None:
             files=tuple(file for file in task.files if file.uri in written),
             states=tuple(sorted({state for part in kept for state in part.states})),
         )
-    assert isinstance(task, MergeTask), task  # the others work for one recipe
+    if isinstance(task, SolveTask):
+        return dataclasses.replace(task, sets=tuple(each for each in task.sets if each.recipe not in dropped))
+    assert isinstance(task, MergeTask), task  # a measurement works for one recipe
     pieces = tuple(_piece_without(piece, dropped) for piece in task.pieces)
     pieces = tuple(piece for piece in pieces if piece.jobs)
     states = {job.state for piece in pieces for job in piece.jobs if job.state is not None}

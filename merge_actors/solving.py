@@ -14,53 +14,67 @@ from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.positive_definite import FactorReport
 from raymerge.merge_actors.methods.regmean_solve import GramSums, InputGram
 from raymerge.merge_actors.nonfinite import count_nonfinite
-from raymerge.merge_actors.task import GramRead, Piece, PieceReport, SolveJob, SolveTask
+from raymerge.merge_actors.task import GramRead, Piece, PieceReport, Read, SolveJob, SolveTask
 
 if TYPE_CHECKING:
     import torch
 
 
 class Solving:
-    """One solve task under way: the Grams are read one at a time, the weights job by job."""
+    """One solve task under way: the Grams are read one at a time, the weights job by job.
 
-    def __init__(self, task: SolveTask, settings: Settings, files: Files, device: torch.device) -> None:
-        self.task, self.settings, self.files, self.device = task, settings, files, device
-        self._factor: FactorReport | None = None
+    With several sets both are kept when they are read; each set has the same bytes as if it were alone.
+    """
 
-    def solve(self) -> list[torch.Tensor]:
-        """Return the merged matrices, one per job, float32 or float64, in the stored layout."""
-        shared = self.settings.shared
-        weights = [float(model["weight"] or 0) for model in self.settings.models]
-        alpha = float(shared["alpha"] or 0)
-        grams = _GramsOnDisk(self.task.grams, self.files, self.device)
-        factor = GramSums(grams, weights, str(shared["normalize"])).factor(alpha)
-        self._factor = factor.report
+    def __init__(
+        self, task: SolveTask, settings: Sequence[Settings], files: Files, device: torch.device
+    ) -> None:
+        """Prepare a task.
+
+        Args:
+            task: what to solve for.
+            settings: of each set of the task.
+            files: to read from.
+            device: where to solve.
+        """
+        self.task, self.files, self.device = task, files, device
+        self._settings = settings
+        is_shared = len(task.sets) > 1
+        self._grams = _GramsOnDisk(task.grams, files, device, keeps=is_shared)
+        self._kept_weights: dict[tuple[Read, ...], list[torch.Tensor]] | None = {} if is_shared else None
+        self._sums: dict[tuple[tuple[float, ...], str], GramSums] = {}
+
+    def solve(self, number: int) -> tuple[list[torch.Tensor], FactorReport]:
+        """Return the merged matrices of a set, float32 or float64, in the stored layout, and how it went."""
+        try:
+            return self._solve(number)
+        except NotFiniteError as error:
+            error.recipe = self.task.sets[number].recipe
+            raise
+
+    def _solve(self, number: int) -> tuple[list[torch.Tensor], FactorReport]:
+        shared, jobs = self._settings[number].shared, self.task.sets[number].jobs
+        weights = tuple(float(model["weight"] or 0) for model in self._settings[number].models)
+        normalize = str(shared["normalize"])
+        if (weights, normalize) not in self._sums:
+            self._sums = {(weights, normalize): GramSums(self._grams, weights, normalize)}
+        factor = self._sums[weights, normalize].factor(float(shared["alpha"] or 0))
         merged: dict[tuple[str, int], torch.Tensor] = {}
-        for is_transposed in sorted({job.is_transposed for job in self.task.jobs}):
-            jobs = [job for job in self.task.jobs if job.is_transposed == is_transposed]
-            found = factor.merge([self._weights(job) for job in jobs], is_transposed=is_transposed)
-            merged |= {(job.tensor, job.first_byte): matrix for job, matrix in zip(jobs, found, strict=True)}
-        return [merged[job.tensor, job.first_byte] for job in self.task.jobs]
-
-    def report(self, job: SolveJob, matrix: torch.Tensor, data: memoryview) -> PieceReport:
-        """Return what came out of a job, `data` being the bytes that were written."""
-        assert self._factor is not None
-        return PieceReport(
-            recipe=self.task.recipe,
-            tensor=job.tensor,
-            checksum=piece_checksum(data, job.first_byte, job.chunk_bytes),
-            sum_squares=float(matrix.double().square().sum()),
-            num_nonfinite=count_nonfinite(matrix.reshape(-1)),
-            figures={
-                "condition": float(f"{self._factor.condition:.3g}"),
-                "rank": self._factor.rank,
-                "num_dead_inputs": self._factor.num_dead,
-                "jitter": self._factor.jitter,
-            },
-        )
+        for is_transposed in sorted({job.is_transposed for job in jobs}):
+            alike = [job for job in jobs if job.is_transposed == is_transposed]
+            found = factor.merge([self._weights(job) for job in alike], is_transposed=is_transposed)
+            merged |= {(job.tensor, job.first_byte): matrix for job, matrix in zip(alike, found, strict=True)}
+        return [merged[job.tensor, job.first_byte] for job in jobs], factor.report
 
     def _weights(self, job: SolveJob) -> list[torch.Tensor]:
-        """Read one matrix of every model."""
+        """Return one matrix of every model."""
+        if self._kept_weights is None:
+            return self._read_weights(job)
+        if job.reads not in self._kept_weights:
+            self._kept_weights[job.reads] = self._read_weights(job)
+        return self._kept_weights[job.reads]
+
+    def _read_weights(self, job: SolveJob) -> list[torch.Tensor]:
         import torch
 
         piece = Piece(shape=job.shape, begin=0, end=job.num_elements, reads=job.reads, jobs=())
@@ -74,11 +88,31 @@ class Solving:
         return [tensor_P.view(job.shape).to(self.device) for tensor_P in inputs]
 
 
-class _GramsOnDisk(Sequence[InputGram]):
-    """The models' Gram matrices, read when asked for and not kept."""
+def report_solve(
+    recipe: int, job: SolveJob, matrix: torch.Tensor, data: memoryview, factor: FactorReport
+) -> PieceReport:
+    """Return what came out of a job, `data` being the bytes that were written."""
+    return PieceReport(
+        recipe=recipe,
+        tensor=job.tensor,
+        checksum=piece_checksum(data, job.first_byte, job.chunk_bytes),
+        sum_squares=float(matrix.double().square().sum()),
+        num_nonfinite=count_nonfinite(matrix.reshape(-1)),
+        figures={
+            "condition": float(f"{factor.condition:.3g}"),
+            "rank": factor.rank,
+            "num_dead_inputs": factor.num_dead,
+            "jitter": factor.jitter,
+        },
+    )
 
-    def __init__(self, reads: Sequence[GramRead], files: Files, device: torch.device) -> None:
+
+class _GramsOnDisk(Sequence[InputGram]):
+    """The models' Gram matrices, read when asked for."""
+
+    def __init__(self, reads: Sequence[GramRead], files: Files, device: torch.device, *, keeps: bool) -> None:
         self._reads, self._files, self._device = reads, files, device
+        self._kept: dict[int, InputGram] | None = {} if keeps else None
 
     def __len__(self) -> int:
         return len(self._reads)
@@ -88,10 +122,17 @@ class _GramsOnDisk(Sequence[InputGram]):
     @overload
     def __getitem__(self, index: slice) -> list[InputGram]: ...
     def __getitem__(self, index: int | slice) -> InputGram | list[InputGram]:
-        import torch
-
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if self._kept is None:
+            return self._read(index)
+        if index not in self._kept:
+            self._kept[index] = self._read(index)
+        return self._kept[index]
+
+    def _read(self, index: int) -> InputGram:
+        import torch
+
         read = self._reads[index]
         packed_T = torch.empty(triangle_elements(read.in_features), dtype=torch.float32)
         self._files.read_into(read.file, read.offset, packed_T.view(torch.uint8).numpy().data)

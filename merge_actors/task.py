@@ -198,26 +198,44 @@ class SolveJob:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class SolveSet:
+    """Matrices of one recipe that share an input, under one setting (of an alpha grid: one alpha)."""
+
+    recipe: int
+    settings: int
+    """Index into `RunContext.settings`."""
+    jobs: tuple[SolveJob, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveTask:
     """Factorise the Gram matrices of one input and solve for the matrices that share it."""
 
     number: int
-    recipe: int
-    settings: int
-    """Index into `RunContext.settings`."""
     grams: tuple[GramRead, ...]
     """One per model."""
-    jobs: tuple[SolveJob, ...]
+    sets: tuple[SolveSet, ...]
+    """One after the other; with several, Grams and weights are read once and kept."""
     states: tuple[int, ...] = ()
     """A solve waits for nothing."""
 
     @property
+    def jobs(self) -> tuple[SolveJob, ...]:
+        """Return all matrices."""
+        return tuple(job for each in self.sets for job in each.jobs)
+
+    @property
     def read_bytes(self) -> int:
-        """Bytes that the task reads; each Gram once to factorise and once for the right-hand sides."""
+        """Bytes that the task reads; for a single set each Gram once to factorise and once for the right-hand sides."""
         grams = sum(2 * gram.in_features * (gram.in_features + 1) for gram in self.grams)
-        weights = sum(job.num_elements * element_bytes(read.dtype) for job in self.jobs for read in job.reads)
-        return 2 * grams + weights
+        distinct = {job.reads: job.num_elements for job in self.jobs}
+        weights = sum(
+            num_elements * element_bytes(read.dtype)
+            for reads, num_elements in distinct.items()
+            for read in reads
+        )
+        return grams * (2 if len(self.sets) == 1 else 1) + weights
 
     @property
     def write_bytes(self) -> int:

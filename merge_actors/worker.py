@@ -43,7 +43,7 @@ from raymerge.merge_actors.nonfinite import (
     write_one_nan,
 )
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
-from raymerge.merge_actors.solving import Solving
+from raymerge.merge_actors.solving import Solving, report_solve
 from raymerge.merge_actors.squares import sum_squares
 from raymerge.merge_actors.storage.folders import exists
 from raymerge.merge_actors.storage.retry import with_retries
@@ -295,23 +295,25 @@ class MergeWorker:
         Raises:
             NotFiniteError: a Gram or a weight holds NaN or infinity.
         """
-        lane = self._lanes.get()
-        try:
-            with lane.computing(self._merging), self._eagerly():
-                import torch
+        import torch
 
-                solving = Solving(task, self.context.settings[task.settings][1], self._files, lane.device)
-                clock = [time.perf_counter()]
-                merged = solving.solve()
-                clock.append(time.perf_counter())
-            reports, warnings = [], []
-            for job, matrix in zip(task.jobs, merged, strict=True):
-                if num_beyond := count_beyond(matrix, job.dtype):
-                    warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
-                data = matrix.to(torch_dtype(job.dtype)).cpu().reshape(-1).view(torch.uint8).numpy().data
-                (outputs or self._files).write_from(job.file, job.offset, data)
-                reports.append(solving.report(job, matrix, data))
-            clock.append(time.perf_counter())
+        lane = self._lanes.get()
+        reports, warnings = [], []
+        watch = _Stopwatch()
+        settings = [self.context.settings[each.settings][1] for each in task.sets]
+        solving = Solving(task, settings, self._files, lane.device)
+        try:
+            for number, each in enumerate(task.sets):
+                with lane.computing(self._merging), self._eagerly():
+                    merged, factor = solving.solve(number)
+                watch.lap("merge")
+                for job, matrix in zip(each.jobs, merged, strict=True):
+                    if num_beyond := count_beyond(matrix, job.dtype):
+                        warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
+                    data = matrix.to(torch_dtype(job.dtype)).cpu().reshape(-1).view(torch.uint8).numpy().data
+                    (outputs or self._files).write_from(job.file, job.offset, data)
+                    reports.append(report_solve(each.recipe, job, matrix, data, factor))
+                watch.lap("write")
         finally:
             self._lanes.put(lane)
         return TaskReport(
@@ -320,8 +322,8 @@ class MergeWorker:
             read_bytes=task.read_bytes,
             write_bytes=task.write_bytes,
             read_seconds=0.0,
-            merge_seconds=clock[1] - clock[0],
-            write_seconds=clock[2] - clock[1],
+            merge_seconds=watch.seconds["merge"],
+            write_seconds=watch.seconds["write"],
             warnings=tuple(warnings),
             fetched_bytes=self._files.take_fetched_bytes(),
         )

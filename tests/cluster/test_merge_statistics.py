@@ -17,6 +17,7 @@ from raymerge.cluster.campaign import plan_wave
 from raymerge.cluster.manifest import MANIFEST_NAME
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import load_recipes
+from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods.gram_matrix import pack_upper
 from raymerge.stats.statistics_file import MANIFEST
@@ -214,3 +215,55 @@ def test_a_model_with_an_adapter_is_refused(measured: Any, tmp_path: Path) -> No
         MismatchError, match="has an adapter, and statistics are measured on whole checkpoints"
     ):
         raymerge.merge(asked, tmp_path / "out", in_process=True)
+
+
+def test_a_grid_over_alpha_reads_grams_and_weights_once(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty alphas cost twenty factorisations and solves; their bytes are those of each alone."""
+    from raymerge.merge_actors.solving import Solving, _GramsOnDisk
+
+    folders, _, _ = measured
+    read: list[str] = []
+    read_weights, read_gram = Solving._read_weights, _GramsOnDisk._read
+
+    def count_weights(self: Solving, job: Any) -> Any:
+        read.append(job.tensor)
+        return read_weights(self, job)
+
+    def count_gram(self: _GramsOnDisk, index: int) -> Any:
+        read.append(f"gram {index}")
+        return read_gram(self, index)
+
+    monkeypatch.setattr(Solving, "_read_weights", count_weights)
+    monkeypatch.setattr(_GramsOnDisk, "_read", count_gram)
+    alphas = [round(0.05 * i, 2) for i in range(20)]
+    grid = [{**recipe(folders, alpha=alpha), "name": f"alpha-{alpha}"} for alpha in alphas]
+    result = raymerge.merge(grid, tmp_path / "grid", in_process=True, workers=2)
+    assert len(read) == len(set(read)) and {"conv.weight", "q.weight", "gram 0", "gram 1"} <= {*read}
+    model_bytes = sum((path / "model.safetensors").stat().st_size for path in folders)
+    assert result.totals.read_bytes < 1.5 * model_bytes
+    for alpha in (0.0, 0.5, 0.95):
+        alone = tmp_path / f"alone-{alpha}"
+        raymerge.merge(recipe(folders, alpha=alpha), alone, in_process=True, workers=1)
+        one = (tmp_path / "grid" / f"alpha-{alpha}" / "model.safetensors").read_bytes()
+        assert one == (alone / "model.safetensors").read_bytes()
+
+
+def test_of_a_grid_the_recipe_that_reads_a_broken_weight_is_left_out(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    tensors = load_file(folders[0] / "model.safetensors")
+    broken = tmp_path / "m0"
+    tensors["k.weight"][0, 0] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    statistics = json.loads((tmp_path / "s0" / MANIFEST).read_text())
+    statistics["model"]["fingerprint"] = open_checkpoint(broken).fingerprint
+    (tmp_path / "s0" / MANIFEST).write_text(json.dumps(statistics))
+    every = {**recipe(folders, alpha=0.5), "name": "every"}
+    other = {"exclude": ["k.weight"], "fallback": {"model": str(folders[1])}}
+    without = {**recipe(folders, alpha=0.6), "name": "without", **other}
+    result = raymerge.merge([every, without], tmp_path / "both", in_process=True)
+    assert list(result.failed) == ["every"] and "k.weight of model" in result.failed["every"]
+    raymerge.merge(without, tmp_path / "alone", in_process=True)
+    one, two = (path / "model.safetensors" for path in (tmp_path / "both" / "without", tmp_path / "alone"))
+    assert one.read_bytes() == two.read_bytes()

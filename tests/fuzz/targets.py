@@ -18,7 +18,11 @@ from raymerge.merge_actors.errors import RaymergeError
 from safetensors import SafetensorError, safe_open
 
 _FOLDER = tempfile.mkdtemp(prefix="raymerge-fuzz-")
-_WEIGHTS = (60).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(60) + bytes(8)
+_WEIGHTS = (
+    (60).to_bytes(8, "little")
+    + b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(60)
+    + bytes(8)
+)
 
 
 def header(data: bytes) -> None:
