@@ -203,6 +203,7 @@ class RayGroup:
         except RayTaskError as error:
             return [Failed(number, MergeTask(number=-1, pieces=()), _cause(error))]
         except (RayActorError, GetTimeoutError) as error:
+            ray.kill(actor)  # it may only be slow, and must not hold what its replacement needs
             return self._lose(number, f"worker {number} did not start: {error}")
         self._actors[number] = actor
         return []
