@@ -52,6 +52,8 @@ from raymerge.merge_actors.task import (
 #: How often the same instruction may be lost with its worker before the run gives up.
 MOST_ATTEMPTS = 4
 _WAIT_SECONDS = 0.5
+#: Whole files are made on a node's disk and uploaded: a second upload competes with the first, so it comes later.
+_FILE_PATIENCE = 10.0
 
 
 @dataclass
@@ -148,11 +150,15 @@ class Controller:
         self._urgent: deque[Instruction] = deque()
         self._load: dict[int, int] = {}
         self._tasks = {task.number: task for task in self._waiting}
+        #: questions under way, by numbers below those of tasks, which no other question ever has
+        self._measures: dict[int, MeasureTask] = {}
+        self._answered: set[int] = set()
+        self._next_measure = -1
         #: numbers of the tasks that are not done
         self._unfinished = set(self._tasks)
         self._needed = self._count_needed()
         self._in_flight = in_flight or InFlight()
-        self._attempts: dict[tuple[int, str, int], int] = {}
+        self._attempts: dict[int, int] = {}
 
     def run(self) -> Totals:
         """Carry out every task that the journal does not hold.
@@ -183,20 +189,20 @@ class Controller:
                 return
             needed = () if isinstance(instruction, MeasureTask) else instruction.states
             self._group.submit(worker, instruction, {state: self._states[state] for state in needed})
-            if not isinstance(instruction, MeasureTask):
-                self._in_flight.begin(instruction.number, worker)
+            patience = _FILE_PATIENCE if isinstance(instruction, FileTask) else 1.0
+            self._in_flight.begin(instruction.number, worker, patience)
             self._load[worker] = load + 1
             heapq.heappush(idle, (load + 1, worker))
 
     def _again(self, worker: int, load: int) -> Instruction | None:
-        """Return a task of a slow worker for one that has nothing to do, when nothing else is left."""
-        if load or self._waiting or self._aside or self._gathering:
+        """Return a task of a slow worker for an idle one: nothing else is left, or all waits for that task."""
+        if load or (number := self._in_flight.overdue(worker)) is None:
             return None
-        number = self._in_flight.overdue(worker)
-        if number is None or isinstance(self._tasks.get(number), FileTask | None):
-            return None  # whole files are staged on a node's disk: a second upload would only compete
-        self.totals = dataclasses.replace(self.totals, num_speculated=self.totals.num_speculated + 1)
-        return self._tasks[number]
+        task = self._measures.get(number) or self._tasks.get(number)
+        again = without(task, self.dropped) if task is not None else None
+        if again is not None:
+            self.totals = dataclasses.replace(self.totals, num_speculated=self.totals.num_speculated + 1)
+        return again
 
     def _next(self) -> Instruction | None:
         """Return what to do next: what was lost or asked first, then the first ready merge task.
@@ -264,9 +270,11 @@ class Controller:
             self._aside.clear()
             return
         gathering.answers.clear()
-        self._urgent.extend(
-            MeasureTask(state=number, piece=piece, round=asked) for piece in gathering.plan.pieces
-        )
+        for piece in gathering.plan.pieces:
+            self._next_measure -= 1
+            task = MeasureTask(state=number, piece=piece, round=asked, number=self._next_measure)
+            self._measures[task.number] = task
+            self._urgent.append(task)
 
     def _recall(self, plan: StatePlan, known: TensorState) -> TensorState:
         """Return what an earlier run measured of a state."""
@@ -293,10 +301,10 @@ class Controller:
             self._retry(event)
             return
         self._load[event.worker] = self._load.get(event.worker, 1) - 1
-        if not isinstance(event.instruction, MeasureTask):
-            self._in_flight.end(event.instruction.number, event.worker)
-            if event.instruction.number in self._journal.done:
-                return  # another worker was faster
+        number = event.instruction.number
+        self._in_flight.end(number, event.worker)
+        if number in self._journal.done or number in self._answered:
+            return  # another worker was faster
         if isinstance(event, Failed):
             self._drop(event)
         else:
@@ -360,6 +368,8 @@ class Controller:
                 if self._needed[state] == 0 and not self._plan.states[state].is_model_wide:
                     del self._states[state]
             return
+        self._measures.pop(done.instruction.number, None)
+        self._answered.add(done.instruction.number)
         if report.state not in self._gathering:
             return  # of a recipe that was dropped meanwhile
         gathering = self._gathering[report.state]
@@ -375,13 +385,12 @@ class Controller:
 
     def _retry(self, lost: Lost) -> None:
         for instruction in lost.instructions:
-            if not isinstance(instruction, MeasureTask):
-                is_elsewhere = self._in_flight.lose(instruction.number, lost.worker)
-                if is_elsewhere or instruction.number in self._journal.done:
-                    continue
-            key = _identity(instruction)
-            self._attempts[key] = self._attempts.get(key, 1) + 1
-            if self._attempts[key] > MOST_ATTEMPTS:
+            number = instruction.number
+            is_elsewhere = self._in_flight.lose(number, lost.worker)
+            if is_elsewhere or number in self._journal.done or number in self._answered:
+                continue
+            self._attempts[number] = self._attempts.get(number, 1) + 1
+            if self._attempts[number] > MOST_ATTEMPTS:
                 raise ClusterError(
                     f"a task was lost with its worker {MOST_ATTEMPTS} times, the last time: {lost.reason}; "
                     "use a smaller --slice-mib if memory ran out"
@@ -391,10 +400,3 @@ class Controller:
                 self._urgent.append(again)
         retries = self.totals.num_retries + len(lost.instructions)
         self.totals = dataclasses.replace(self.totals, num_retries=retries)
-
-
-def _identity(instruction: Instruction) -> tuple[int, str, int]:
-    """Return what stays the same when an instruction is repeated."""
-    if isinstance(instruction, MeasureTask):
-        return -1 - instruction.state, instruction.piece.jobs[0].tensor, instruction.piece.begin
-    return instruction.number, "", 0

@@ -1,6 +1,6 @@
 """Which worker has which task since when, and which task is worth giving to a second worker.
 
-Near the end of a run, when there is nothing left to hand out, a task of a slow worker is given to an idle one as well.
+When there is nothing left to hand out, or all waits for one answer, a task of a slow worker is given to an idle one as well.
 The first result counts; both write the same bytes to the same place.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable
 _TIMES_AS_LONG = 2.0
 #: ... and at least this many seconds: less is not worth reading the inputs twice.
 LEAST_SECONDS = 3.0
+#: ... or, where no task has ended yet to compare with, this many.
+UNKNOWN_SECONDS = 300.0
 
 
 class InFlight:
@@ -23,12 +25,15 @@ class InFlight:
         self._clock = clock
         #: number -> worker -> when the task was handed to it
         self._began: dict[int, dict[int, float]] = {}
+        #: number -> how many times as long as other tasks it may take
+        self._patience: dict[int, float] = {}
         self._done: set[int] = set()
         self._durations: list[float] = []
 
-    def begin(self, number: int, worker: int) -> None:
-        """Note that a worker was given a task."""
+    def begin(self, number: int, worker: int, patience: float = 1.0) -> None:
+        """Note that a worker was given a task, which may take `patience` times as long as others."""
         self._began.setdefault(number, {})[worker] = self._clock()
+        self._patience[number] = patience
 
     def end(self, number: int, worker: int) -> None:
         """Note that a worker has answered."""
@@ -59,8 +64,13 @@ class InFlight:
             for number, holders in self._began.items()
             if number not in self._done and len(holders) == 1 and worker not in holders
         }
-        if not alone or not self._durations:
+        if not alone:
             return None
-        number = min(alone, key=lambda each: (alone[each], each))
-        limit = max(LEAST_SECONDS, _TIMES_AS_LONG * statistics.median(self._durations))
-        return number if now - alone[number] > limit else None
+        usual = statistics.median(self._durations) if self._durations else None
+        limit = UNKNOWN_SECONDS if usual is None else max(LEAST_SECONDS, _TIMES_AS_LONG * usual)
+        overdue = [
+            number
+            for number, since in alone.items()
+            if now - since > limit * (1.0 if usual is None else self._patience[number])
+        ]
+        return min(overdue, key=lambda each: (alone[each], each), default=None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from raymerge.cluster.campaign import plan_wave
 from raymerge.cluster.controller import MOST_ATTEMPTS, Controller
-from raymerge.cluster.in_flight import LEAST_SECONDS, InFlight
+from raymerge.cluster.in_flight import LEAST_SECONDS, UNKNOWN_SECONDS, InFlight
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, make_plan
@@ -434,8 +434,8 @@ def test_many_waiting_tasks_are_not_searched_again_and_again(tmp_path: Path) -> 
 class SlowGroup(ScriptedGroup):
     """Workers of which some do not answer; a wait without an answer lets a second pass."""
 
-    def __init__(self, num_workers: int, slow: set[int], **options: Any) -> None:
-        super().__init__(num_workers, done_at_once, **options)
+    def __init__(self, num_workers: int, slow: set[int], answer: Any = done_at_once, **options: Any) -> None:
+        super().__init__(num_workers, answer, **options)
         self.slow, self.seconds, self.abandoned = slow, 0.0, list[int]()
 
     def wait(self, timeout_seconds: float) -> list[Event]:
@@ -491,6 +491,51 @@ def test_a_late_answer_or_error_of_the_slow_worker_changes_nothing(tmp_path: Pat
     journal = journal_of(tmp_path)
     Controller(plan, group, journal, in_flight=InFlight(clock=lambda: group.seconds)).run()
     assert sorted(journal.done) == list(range(4))
+
+
+@pytest.mark.parametrize("wakes_up", [False, True])
+def test_questions_of_a_slow_worker_are_asked_again(tmp_path: Path, wakes_up: bool) -> None:
+    """All waits for the answers of a worker that hangs; if it wakes up, its old answers change nothing."""
+    models = write_models(tmp_path, {"cut": CUT, "long": LONG})
+    plan = make(tmp_path, ties_recipe(models))
+    own, seen = worker_of(plan), set[int]()
+
+    def answer(task: Instruction, states: Mapping[int, TensorState]) -> Any:
+        if isinstance(task, MeasureTask) and wakes_up:
+            seen.add(task.number)
+            if len(seen) == 7:  # rounds after those that the slow worker still has
+                group.slow.clear()
+        return own(task, states)
+
+    group = SlowGroup(2, slow={1}, answer=answer)
+    journal = journal_of(tmp_path)
+    in_flight = InFlight(clock=lambda: group.seconds)
+    totals = Controller(plan, group, journal, in_flight=in_flight).run()
+    assert any(isinstance(task, MeasureTask) for worker, task in group.log if worker == 1)
+    assert totals.num_speculated > 0
+    assert wakes_up or group.abandoned == [1]
+    assert_merged(plan, expected_ties(models, plan))
+
+
+def test_what_is_overdue_depends_on_the_others_and_on_patience() -> None:
+    now = 0.0
+    in_flight = InFlight(clock=lambda: now)
+    in_flight.begin(1, 0, patience=10.0)
+    in_flight.begin(2, 0)
+    now = UNKNOWN_SECONDS - 1
+    assert in_flight.overdue(1) is None  # nothing to compare with
+    now = UNKNOWN_SECONDS + 1
+    assert in_flight.overdue(1) == 1
+    in_flight.begin(3, 1)
+    now += 2 * LEAST_SECONDS
+    in_flight.end(3, 1)
+    in_flight.end(1, 0)
+    in_flight.end(2, 0)
+    in_flight.begin(4, 0, patience=1000.0)
+    in_flight.begin(5, 0)
+    now += 1000 * LEAST_SECONDS
+    assert in_flight.overdue(1) == 5  # the other is older, and may take its time
+    assert in_flight.overdue(0) is None
 
 
 def test_the_death_of_a_slow_worker_repeats_nothing_that_another_has_taken_over(tmp_path: Path) -> None:
