@@ -18,6 +18,7 @@ _DATA_OPTIONS = {
     "text_column": "text_column",
     "text_pair_column": "text_pair_column",
     "label_column": "label_column",
+    "image_column": "image_column",
     "samples": "samples",
     "samples_at": "samples_at",
     "max_length": "max_length",
@@ -48,7 +49,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     help="Gram matrices (regmean) or Fisher.",
 )
 @click.option(
-    "--data", required=True, help="File or folder of Parquet, JSONL, CSV or text; or a data set's name."
+    "--data", required=True, help="File or folder of Parquet, JSONL, CSV, text or images; or a data set's name."
 )
 @click.option("--data-config", help="Configuration of a named data set.")
 @click.option("--split", help="Split of a data set or folder [default: train where there is one].")
@@ -57,6 +58,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     "--text-pair-column", help="Column of a second text; of an encoder-decoder, what the decoder reads."
 )
 @click.option("--label-column", help="Column of the label, for empirical Fisher.")
+@click.option("--image-column", help="Column of images, for a vision model; a folder of images needs none.")
 @click.option("--samples", type=int, help="Rows to take, always the same ones [default: all].")
 @click.option(
     "--samples-at",

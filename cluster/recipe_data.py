@@ -14,7 +14,7 @@ from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.fisher_accumulator import ESTIMATORS, Estimator
 
-_TEXTS = ("path", "config", "split", "text_column", "text_pair_column", "label_column")
+_TEXTS = ("path", "config", "split", "text_column", "text_pair_column", "label_column", "image_column")
 _NUMBERS = ("samples", "max_length", "batch_tokens")
 _SWITCHES = ("chat_template", "packed")
 _KEYS = (*_TEXTS, *_NUMBERS, *_SWITCHES, "estimator")

@@ -21,8 +21,8 @@ from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsPro
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
-from raymerge.stats.calibration_data import CalibrationData, tokenizer_fingerprint
 from raymerge.stats.data_rows import DataSpec
+from raymerge.stats.image_data import inputs_fingerprint, open_data
 from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST
 
 #: A plan tokenises about so many rows.
@@ -80,12 +80,12 @@ def count_tokens(checkpoint: Checkpoint, spec: DataSpec) -> tuple[int, int, bool
 
     Of many rows a few shards are tokenised and the rest estimated.
     """
-    data = CalibrationData(spec, checkpoint.folder, checkpoint.config)
+    data = open_data(spec, checkpoint.folder, checkpoint.config)
     num_rows = len(data.rows.texts)
     step = max(1, num_rows // _ROWS_COUNTED)
     shards = range(0, data.num_shards, step)
     examples = [example for number in shards for example in data.shard(number)]
-    counted = sum(len(each.input_ids) + len(each.target_ids or ()) for each in examples)
+    counted = sum(each.num_tokens for each in examples)
     return num_rows, round(counted * data.num_shards / max(1, len(shards))), step == 1
 
 
@@ -105,11 +105,11 @@ def _one_at_a_time(path: str) -> Iterator[None]:
 
 
 def _key(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
-    data = CalibrationData(options.data, checkpoint.folder, checkpoint.config)
+    data = open_data(options.data, checkpoint.folder, checkpoint.config)
     parts = {
         "format": FORMAT_VERSION,
         "model": checkpoint.fingerprint,
-        "tokenizer": tokenizer_fingerprint(checkpoint.folder),
+        "tokenizer": inputs_fingerprint(data, checkpoint.folder),
         "data": data.data_fingerprint(),
         "kind": options.kind,
         "estimator": options.estimator if options.kind == "fisher" else None,

@@ -8,7 +8,7 @@ do not depend on the example and must count once for each).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +36,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Count the real tokens, those of the decoder included."""
-        return sum(len(each.input_ids) + len(each.target_ids or ()) for each in self.examples)
+        return sum(each.num_tokens for each in self.examples)
 
 
 def cut_batches(
@@ -89,12 +89,30 @@ def batch_tensors(
     )
 
 
+def pixel_batch(examples: Sequence[Example], inputs: Mapping[str, torch.Tensor], device: str) -> Batch:
+    """Make a batch of images, all positions of which count.
+
+    Args:
+        examples: of one shard.
+        inputs: arguments of the model's forward, from its image processor.
+        device: where the tensors go.
+    """
+    import torch
+
+    return Batch(
+        examples=tuple(examples),
+        inputs={name: tensor.to(device) for name, tensor in inputs.items()},
+        mask=TokenMask(torch.ones(len(examples), 1, dtype=torch.bool, device=device), has_padding=False),
+        target_mask=None,
+    )
+
+
 def _token_mask(mask_BT: torch.Tensor, device: str) -> TokenMask:
     return TokenMask(mask_BT.to(device), has_padding=not bool(mask_BT.all()))
 
 
 def _lengths(example: Example) -> tuple[int, int]:
-    return len(example.input_ids), len(example.target_ids or ())
+    return len(example.input_ids) or example.num_positions, len(example.target_ids or ())
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> tuple[torch.Tensor, torch.Tensor]:

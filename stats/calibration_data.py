@@ -34,6 +34,30 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSource:
+    """An image as it is stored."""
+
+    path: str | None = None
+    data: bytes | None = None
+    """Compressed; None if it is a file of its own."""
+
+    def read(self) -> bytes:
+        """Return the compressed bytes.
+
+        Raises:
+            RecipeError: the file cannot be read.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            with open(self.path, "rb") as stream:
+                return stream.read()
+        except OSError as error:
+            raise RecipeError(f"cannot read the image {self.path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """One tokenised input."""
 
@@ -44,6 +68,15 @@ class Example:
     target_ids: tuple[int, ...] | None = None
     """What the decoder of an encoder-decoder reads, without its start token."""
     label: int | None = None
+    image: ImageSource | None = None
+    """Of a vision model, instead of the tokens."""
+    num_positions: int = 0
+    """About how many rows an image has in the model."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens, those of the decoder included; of an image, its positions."""
+        return self.num_positions or len(self.input_ids) + len(self.target_ids or ())
 
 
 class CalibrationData:
@@ -63,12 +96,12 @@ class CalibrationData:
         """
         self.spec = spec
         self.rows: Rows = read_rows(spec)
-        self._shards = _cut_shards(self.rows.tier_ends)
+        self._shards = cut_shards(self.rows.tier_ends)
         self._tokenizer = load_tokenizer(model_folder)
         self._config = config
         self.max_length = self._checked_length()
         self.is_encoder_decoder = bool(config.get("is_encoder_decoder"))
-        self._label_numbers = self._read_labels()
+        self._label_numbers = label_numbers(spec, self.rows.labels, config)
         if spec.chat_template and not getattr(self._tokenizer, "chat_template", None):
             raise RecipeError(
                 f"the tokenizer of {model_folder} has no chat template; leave out chat_template, or add one."
@@ -165,26 +198,33 @@ class CalibrationData:
             )
         return asked or min(limit or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
 
-    def _read_labels(self) -> list[int] | None:
-        """Map labels to the numbers of the model's classes."""
-        if self.rows.labels is None:
-            return None
-        names = {str(key): int(value) for key, value in (self._config.get("label2id") or {}).items()}
-        num_labels = len(self._config.get("id2label") or {}) or int(self._config.get("num_labels") or 2)
-        numbers = []
-        for row, label in enumerate(self.rows.labels):
-            number = names.get(label, -1) if isinstance(label, str) else int(label)
-            if not 0 <= number < num_labels:
-                known = f" ({', '.join(list(names)[:8])})" if names else ""
-                raise RecipeError(
-                    f"row {row} of {self.spec.source!r} has the label {label!r} in {self.spec.label_column!r}; "
-                    f"the model's head has {num_labels} classes{known}: the data belong to another head."
-                )
-            numbers.append(number)
-        return numbers
+
+def label_numbers(
+    spec: DataSpec, labels: Sequence[Any] | None, config: Mapping[str, Any]
+) -> list[int] | None:
+    """Map labels to the numbers of the model's classes.
+
+    Raises:
+        RecipeError: the head has no such class.
+    """
+    if labels is None:
+        return None
+    names = {str(key): int(value) for key, value in (config.get("label2id") or {}).items()}
+    num_labels = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    numbers = []
+    for row, label in enumerate(labels):
+        number = names.get(label, -1) if isinstance(label, str) else int(label)
+        if not 0 <= number < num_labels:
+            known = f" ({', '.join(list(names)[:8])})" if names else ""
+            raise RecipeError(
+                f"row {row} of {spec.source!r} has the label {label!r} in {spec.label_column!r}; "
+                f"the model's head has {num_labels} classes{known}: the data belong to another head."
+            )
+        numbers.append(number)
+    return numbers
 
 
-def _cut_shards(tier_ends: Sequence[int]) -> list[tuple[range, int]]:
+def cut_shards(tier_ends: Sequence[int]) -> list[tuple[range, int]]:
     """Cut the rows of each tier into at most `NUM_SHARDS` shards; returns rows and tier of each."""
     shards = []
     for tier, (first, last) in enumerate(itertools.pairwise((0, *tier_ends))):

@@ -38,6 +38,8 @@ class DataSpec:
     text_pair_column: str | None = None
     """Second text of an encoder's input; for an encoder-decoder what the decoder reads."""
     label_column: str | None = None
+    image_column: str | None = None
+    """Column of images, for a vision model; a folder of image files needs none."""
     samples: int | None = None
     """Take so many rows (of those with text), evenly at random and always the same ones."""
     samples_at: tuple[int, ...] = ()
@@ -113,7 +115,7 @@ def read_rows(spec: DataSpec) -> Rows:
         remarks.append(
             f"{len(texts) - len(kept):,} of {len(texts):,} rows without text or label are left out"
         )
-    kept, tier_ends = _take(spec, kept, remarks)
+    kept, tier_ends = take(spec, kept, remarks)
     return Rows(
         texts=[texts[i] for i in kept],
         pairs=None if pairs is None else [pairs[i] or "" for i in kept],
@@ -123,8 +125,12 @@ def read_rows(spec: DataSpec) -> Rows:
     )
 
 
-def _take(spec: DataSpec, kept: list[int], remarks: list[str]) -> tuple[list[int], tuple[int, ...]]:
-    """Choose the samples; rows of smaller numbers of samples come first. Returns them and where each number ends."""
+def take(spec: DataSpec, kept: list[int], remarks: list[str]) -> tuple[list[int], tuple[int, ...]]:
+    """Choose the samples, rows of smaller numbers of samples first; returns them and where each number ends.
+
+    Raises:
+        RecipeError: there are fewer rows than `samples_at` asks for.
+    """
     numbers = spec.samples_at or ((spec.samples,) if spec.samples is not None else ())
     if not numbers:
         return kept, (len(kept),)

@@ -8,9 +8,10 @@ from typing import Any
 
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.errors import CheckpointError
-from raymerge.stats.calibration_data import CalibrationData, tokenizer_fingerprint
+from raymerge.stats.calibration_data import CalibrationData
 from raymerge.stats.fisher_accumulator import fisher_bytes
 from raymerge.stats.gram_accumulator import gram_bytes
+from raymerge.stats.image_data import ImageData, inputs_fingerprint
 from raymerge.stats.layer_groups import Needs
 from raymerge.stats.linear_maps import LinearMap, ModelMaps, block_of, find_linear_maps
 from raymerge.stats.measure_job import Description, MeasureJob
@@ -21,7 +22,7 @@ from raymerge.stats.weight_names import tensor_names
 _LIVE_ACTIVATIONS = 4
 
 
-def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData) -> Description:
+def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData | ImageData) -> Description:
     """Describe a model and its data.
 
     Raises:
@@ -51,7 +52,7 @@ def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData) -> 
         num_rows=len(data.rows.texts),
         max_length=data.max_length,
         data_fingerprint=data.data_fingerprint(),
-        tokenizer_fingerprint=tokenizer_fingerprint(checkpoint.folder),
+        tokenizer_fingerprint=inputs_fingerprint(data, checkpoint.folder),
         compute_dtype=str(compute_dtype(checkpoint, job.device)).removeprefix("torch."),
         batching="equal_length" if maps.has_experts or _feeds_itself(model) else "padded",
         remarks=(*data.rows.remarks, *_remarks(maps)),

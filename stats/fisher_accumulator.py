@@ -181,7 +181,9 @@ def check_estimator(estimator: str, config: dict[str, Any], *, has_labels: bool)
             f"the Fisher estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}."
         )
     names = [str(name) for name in config.get("architectures") or ()]
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    is_classifier = any(
+        name.endswith(("ForSequenceClassification", "ForImageClassification")) for name in names
+    )
     is_language_model = any(
         name.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")) for name in names
     )

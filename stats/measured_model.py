@@ -8,12 +8,13 @@ from typing import Any
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import MismatchError
-from raymerge.stats.batches import Batch, batch_tensors
+from raymerge.stats.batches import Batch, batch_tensors, pixel_batch
 from raymerge.stats.block_passes import StopHere
-from raymerge.stats.calibration_data import CalibrationData, Example
+from raymerge.stats.calibration_data import Example
+from raymerge.stats.image_data import ImageData, open_data
 from raymerge.stats.linear_maps import ModelMaps, find_linear_maps
 from raymerge.stats.measure_job import MeasureJob
-from raymerge.stats.model_loading import BlockLoader, load_whole, skeleton
+from raymerge.stats.model_loading import BlockLoader, compute_dtype, load_whole, skeleton
 
 
 class MeasuredModel:
@@ -36,7 +37,7 @@ class MeasuredModel:
         self.count_tokens = count_tokens
         """Told of the tokens of each batch that has passed."""
         self.checkpoint = open_checkpoint(folder, allow_pickle=job.allow_pickle)
-        self.data = CalibrationData(job.data, self.checkpoint.folder, self.checkpoint.config)
+        self.data = open_data(job.data, self.checkpoint.folder, self.checkpoint.config)
         self.model: Any = None
         self.maps = ModelMaps(maps=(), blocks=(), tied=(), not_in_checkpoint=())
         self.loader: BlockLoader | None = None
@@ -63,6 +64,8 @@ class MeasuredModel:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Make the tensors of a batch."""
+        if isinstance(self.data, ImageData):
+            return pixel_batch(examples, self._cast(self.data.pixels(examples)), self.job.device)
         start_id = None
         if self.data.is_encoder_decoder and not type(self.model).__name__.endswith("Classification"):
             start_id = getattr(self.model.config, "decoder_start_token_id", None)
@@ -74,6 +77,14 @@ class MeasuredModel:
             device=self.job.device,
             side=self.job.padding_side,
         )
+
+    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Give pixels the type of the forward pass."""
+        dtype = compute_dtype(self.checkpoint, self.job.device)
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in inputs.items()
+        }
 
     def forward(self, batch: Batch) -> None:
         """Run a batch as far as the pass wants it.
