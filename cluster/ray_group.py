@@ -30,6 +30,8 @@ START_SECONDS = 300.0
 BUSY_SECONDS = 3600.0
 #: How long to wait for the last of them, where a run needs to know how many there are.
 GATHER_SECONDS = 60.0
+#: How long an actor that has worked before may take to begin its next run.
+AGAIN_SECONDS = 60.0
 #: How often to say that we wait, and how often to look for nodes that have joined.
 _REMARK_SECONDS, _GROW_SECONDS = 60.0, 5.0
 #: What Ray says of a worker that was killed for its memory.
@@ -67,6 +69,8 @@ class RayGroup:
         self._context: Any = None
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
+        #: those of the starting actors that have worked before, and when they were called
+        self._called_again: dict[Any, float] = {}
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
         self._next_number = 0
         #: Ray's counter of lost workers
@@ -88,9 +92,11 @@ class RayGroup:
         self._run += 1
         self._losses_left = LOSSES_PER_WORKER * self._num_workers
         actors = {**self._actors, **dict(self._starting.values())}
-        self._actors, self._starting = {}, {}
+        ready, self._actors, self._starting = self._actors.keys(), {}, {}
         for number, actor in actors.items():
-            self._set_up(number, actor)
+            reference = self._set_up(number, actor)
+            if number in ready:
+                self._called_again[reference] = time.monotonic()
         while len(self._starting) < self._num_workers:
             self._launch()
         self._last_alive = self._last_remark = self._last_look = time.monotonic()
@@ -144,7 +150,7 @@ class RayGroup:
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready:  # everything else that is there already, in one sweep
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
-        events: list[Event] = []
+        events = self._give_up_silent_actors()
         for reference in ready:
             if reference in self._starting:
                 events += self._joined(reference)
@@ -193,8 +199,23 @@ class RayGroup:
         actor = skin.options(**self._options).remote()
         self._set_up(number, actor)
 
-    def _set_up(self, number: int, actor: Any) -> None:
-        self._starting[actor.setup.remote(self._context, self._run)] = (number, actor)
+    def _set_up(self, number: int, actor: Any) -> Any:
+        reference = actor.setup.remote(self._context, self._run)
+        self._starting[reference] = (number, actor)
+        return reference
+
+    def _give_up_silent_actors(self) -> list[Event]:
+        """Replace actors that have worked before and do not answer now: their process or node hangs."""
+        events: list[Event] = []
+        for reference, since in list(self._called_again.items()):
+            if reference not in self._starting:
+                del self._called_again[reference]
+            elif time.monotonic() - since > AGAIN_SECONDS:
+                del self._called_again[reference]
+                number, actor = self._starting.pop(reference)
+                ray.kill(actor)
+                events += self._lose(number, f"worker {number} hangs: no answer in {AGAIN_SECONDS:g} s")
+        return events
 
     def _joined(self, reference: Any) -> list[Event]:
         number, actor = self._starting.pop(reference)

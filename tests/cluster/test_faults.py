@@ -31,6 +31,7 @@ from raymerge.cluster.journal import Journal, read_journal
 from raymerge.cluster.merge import MergeResult, merge
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.session import Session
 from raymerge.cluster.worker_group import InProcessGroup
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
 from raymerge.merge_actors.task import PieceReport, TaskReport
@@ -830,6 +831,26 @@ def test_path_that_a_node_does_not_see(
     with pytest.raises(ClusterError, match=r"node \S+ does not see \S+two; inputs and output must lie on"):
         run(recipe_of(models), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.ray
+def test_session_replaces_an_actor_that_froze_between_merges(
+    ray_session: None, tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only actor is frozen while it has nothing to do: the next merge would wait for it without end."""
+    monkeypatch.setattr("raymerge.cluster.ray_group.AGAIN_SECONDS", 1.0)
+    with Session(workers=1, device="cpu") as session:
+        session.merge(many_tasks[0], tmp_path / "first", slice_mib=1)
+        assert session._workers is not None
+        group: Any = session._workers[0]
+        pid = _pid_of(group._actors[0])
+        os.kill(pid, signal.SIGSTOP)
+        session.merge(many_tasks[0], tmp_path / "second", slice_mib=1)
+    assert weights_digest(tmp_path / "second") == weights_digest(many_tasks[1])
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{pid}")
 
 
 _NODE_LOSS_SCRIPT = """
