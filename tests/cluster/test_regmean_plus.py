@@ -32,6 +32,12 @@ STAGES = {
     "bert": ["bert.embeddings.", "bert.encoder.layer.0.", "bert.encoder.layer.1."],
     "llama": ["model.embed_tokens.", "model.layers.0.", "model.layers.1."],
     "gpt2": ["transformer.wte.|transformer.wpe.", "transformer.h.0.", "transformer.h.1."],
+    # Its relative positions are read as a table by every layer, and are no part of any.
+    "deberta": [
+        "deberta.embeddings.|deberta.encoder.rel_embeddings.|deberta.encoder.LayerNorm.",
+        "deberta.encoder.layer.0.",
+        "deberta.encoder.layer.1.",
+    ],
     "t5": [
         "shared.",
         "encoder.block.0.",
@@ -44,9 +50,16 @@ STAGES = {
 
 
 def _classes() -> dict[str, Any]:
-    from transformers import BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, T5ForConditionalGeneration
+    from transformers import (
+        BertForMaskedLM,
+        DebertaV2ForSequenceClassification,
+        GPT2LMHeadModel,
+        LlamaForCausalLM,
+        T5ForConditionalGeneration,
+    )
 
     return {
+        "deberta": DebertaV2ForSequenceClassification,
         "bert": BertForMaskedLM,
         "llama": LlamaForCausalLM,
         "gpt2": GPT2LMHeadModel,
@@ -80,11 +93,15 @@ def make_candidates(
 
     def make(architecture: str) -> list[Path]:
         if architecture not in made:
-            base = tiny_checkpoints(architecture).base
+            base = tiny_checkpoints("bert" if architecture == "deberta" else architecture).base
             folder = tmp_path_factory.mktemp(f"plus-{architecture}")
             made[architecture] = [folder / "first", folder / "second"]
             for seed, path in enumerate(made[architecture]):
-                model = _classes()[architecture].from_pretrained(base)
+                model = (
+                    _deberta()
+                    if architecture == "deberta"
+                    else _classes()[architecture].from_pretrained(base)
+                )
                 generator = torch.Generator().manual_seed(seed)
                 with torch.no_grad():
                     for parameter in model.parameters():
@@ -94,6 +111,26 @@ def make_candidates(
         return made[architecture]
 
     return make
+
+
+def _deberta() -> Any:
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    config = DebertaV2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return DebertaV2ForSequenceClassification(config)
 
 
 def _recipe(models: Sequence[Path], texts: Sequence[Path], **more: Any) -> dict[str, Any]:
@@ -206,7 +243,7 @@ def _assert_close(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=2e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("architecture", ["bert", "deberta", "llama", "gpt2", "t5"])
 def test_it_equals_an_implementation_that_keeps_everything_in_memory(
     architecture: str, make_candidates: Callable[[str], list[Path]], texts: list[Path], tmp_path: Path
 ) -> None:
@@ -223,7 +260,7 @@ def test_it_equals_an_implementation_that_keeps_everything_in_memory(
         for name, row in json.loads((tmp_path / "plus" / MANIFEST_NAME).read_text())["tensors"].items()
         if "rank" in row
     }
-    assert len(solved) == {"bert": 13, "llama": 15, "gpt2": 8, "t5": 32}[architecture]
+    assert len(solved) == {"bert": 13, "deberta": 14, "llama": 15, "gpt2": 8, "t5": 32}[architecture]
     # What feeds it differs from RegMean everywhere but in the first place.
     far = [
         name for name in solved if (found[name] - plain[name]).abs().max() > 1e-3 * plain[name].abs().max()
