@@ -7,14 +7,15 @@ this worker or another) begins there.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.errors import NotFiniteError
-from raymerge.stats.batches import cut_batches
+from raymerge.stats.batches import Batch, cut_batches
 from raymerge.stats.block_passes import BlockPass, Form, kept_outputs, needed_outputs, stack_of
 from raymerge.stats.boundary_files import read_boundary, write_boundary
+from raymerge.stats.first_non_finite import FirstNonFinite
 from raymerge.stats.gram_accumulator import GramAccumulator, synchronize
 from raymerge.stats.input_capture import InputCapture, Key
 from raymerge.stats.layer_groups import LayerGroup, in_group
@@ -68,8 +69,6 @@ def accumulate_grams(
         one_pass.run(shards)
     finally:
         one_pass.close()
-    if one_pass.damaged is not None:
-        raise _non_finite(measured, *one_pass.damaged)
     return one_pass.report(), one_pass.grams
 
 
@@ -78,8 +77,6 @@ class _GramPass:
 
     def __init__(self, measured: MeasuredModel, span: Span, settings: PassSettings) -> None:
         self.grams = GramAccumulator(measured.job.device)
-        self.damaged: tuple[Key, int] | None = None
-        """A linear map that saw NaN or infinity, and in which shard."""
         self._measured, self._span, self._settings = measured, span, settings
         self._capture = InputCapture(measured.model, span.maps, self.grams.add, settings.separate)
         self._blocks: BlockPass | None = None
@@ -103,8 +100,7 @@ class _GramPass:
                 self._forward_seconds = time.perf_counter() - begin - self.grams.seconds
                 self._timed_rows = dict(self._capture.num_rows)
             if (key := next(self.grams.non_finite(), None)) is not None:
-                self.damaged = key, shard
-                return
+                raise self._non_finite(key, shard, self._blocks)
             tier = self._measured.data.tier(shard)
             self.grams.end_shard(tier)
             self._count(tier)
@@ -169,53 +165,43 @@ class _GramPass:
 
     def _run_shard(self, shard: int, blocks: BlockPass) -> None:
         measured = self._measured
-        folder, device = measured.job.work_folder, measured.job.device
-        needed = needed_outputs(measured.maps.blocks, self._span.begin)
-        cached = {i: read_boundary(folder, i, shard)[0] for i in needed}
         kept: dict[int, list[torch.Tensor]] = {}
-        batches = cut_batches(measured.shard(shard), self._settings.batching, measured.job.data.batch_tokens)
-        for number, examples in enumerate(batches):
-            batch = measured.batch(examples)
+        for batch in self._batches(shard, blocks):
             self._capture.begin(batch)
-            blocks.begin({i: states[number].to(device) for i, states in cached.items()})
             measured.forward(batch)
             self._capture.end()
             for i, output in blocks.outputs.items():
                 kept.setdefault(i, []).append(output.cpu())
             self._num_tokens += batch.num_tokens
-            self._num_examples += len(examples)
+            self._num_examples += len(batch.examples)
             measured.count_tokens(batch.num_tokens)
         for i, outputs in kept.items():
-            write_boundary(folder, i, shard, outputs, blocks.forms)
+            write_boundary(measured.job.work_folder, i, shard, outputs, blocks.forms)
 
+    def _batches(self, shard: int, blocks: BlockPass) -> Iterator[Batch]:
+        """Yield the batches of a shard, with the hidden states from which their pass begins in place."""
+        measured = self._measured
+        folder, device = measured.job.work_folder, measured.job.device
+        needed = needed_outputs(measured.maps.blocks, self._span.begin)
+        cached = {i: read_boundary(folder, i, shard)[0] for i in needed}
+        batches = cut_batches(measured.shard(shard), self._settings.batching, measured.job.data.batch_tokens)
+        for number, examples in enumerate(batches):
+            blocks.begin({i: states[number].to(device) for i, states in cached.items()})
+            yield measured.batch(examples)
 
-def _non_finite(measured: MeasuredModel, key: Key, shard: int) -> NotFiniteError:
-    """Name the layer and sample that gave NaN or infinity, from single examples if the model is whole."""
-    layer = next(each.label for each in measured.maps.maps if each.parameter == key[0])
-    examples = measured.shard(shard)
-    sample = f"one of the samples {examples[0].number} to {examples[-1].number}"
-    if measured.loader is None and (found := _first_non_finite(measured, shard)) is not None:
-        layer, sample = found[0], f"sample {found[1]}"
-    return NotFiniteError(
-        f"the input of {layer} is NaN or infinite for {sample}; the model overflows there or its weights are "
-        "damaged: leave the sample out, or use a wider dtype."
-    )
-
-
-def _first_non_finite(measured: MeasuredModel, shard: int) -> tuple[str, int] | None:
-    labels = {each.parameter: each.label for each in measured.maps.maps}
-    seen: list[str] = []
-
-    def check(key: Key, rows_RI: torch.Tensor, weight: int) -> None:
-        if not seen and not bool(rows_RI.isfinite().all()):
-            seen.append(labels[key[0]])
-
-    for example in measured.shard(shard):
-        batch = measured.batch([example])
-        capture = InputCapture(measured.model, measured.maps.maps, check, labels)
-        capture.begin(batch)
-        measured.forward(batch)
-        capture.close()
-        if seen:
-            return seen[0], example.number
-    return None
+    def _non_finite(self, key: Key, shard: int, blocks: BlockPass) -> NotFiniteError:
+        """Run a shard again and name the first layer and sample that saw NaN or infinity."""
+        self._capture.close()
+        with FirstNonFinite(self._measured.model, self._span.maps) as first:
+            for batch in self._batches(shard, blocks):
+                first.begin(batch)
+                self._measured.forward(batch)
+                if first.layer:
+                    break
+        examples = self._measured.shard(shard)
+        layer = first.layer or next(each.label for each in self._span.maps if each.parameter == key[0])
+        sample = first.sample or f"one of the samples {examples[0].number} to {examples[-1].number}"
+        return NotFiniteError(
+            f"the input of {layer} is NaN or infinite for {sample}; the model overflows there or its weights are "
+            "damaged: leave the sample out, or use a wider dtype."
+        )

@@ -221,3 +221,34 @@ def test_a_budget_gives_groups_with_the_needs_of_a_real_model(
     assert len(needs.block_weights) == 2 and needs.block_weights[0] == needs.block_weights[1]
     plan = plan_groups(needs, None, "the budget")
     assert [(group.begin, group.end, group.is_last) for group in plan.groups] == [(0, 2, True)]
+
+
+def test_the_sample_is_named_where_layers_are_loaded_one_by_one(
+    tiny_checkpoints: Callable[..., Any], make_job: Callable[..., MeasureJob], tmp_path: Path
+) -> None:
+    """A token whose embedding overflows comes in some samples only."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoints("llama").models[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [token] = tokenizer("word7")["input_ids"][-1:]
+    weights["model.embed_tokens.weight"][token] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = tmp_path / "texts.jsonl"
+    lines = ["word1 word2", "word3", "word4 word5", "word6 word7 word1", "word8 word2 word3"]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    job = make_job(folder)
+    job = replace(job, data=replace(job.data, source=str(texts)))
+    for is_streamed in (False, True):
+        worker = ActivationWorker(job)
+        description = worker.describe()
+        group = LayerGroup(number=0, begin=0, end=1, is_last=False)
+        settings = PassSettings(batching=description.batching, is_streamed=is_streamed)
+        with pytest.raises(NotFiniteError, match=r"layers\.0\.self_attn\.q_proj\.weight .* for sample 3;"):
+            worker.accumulate(group, range(description.num_shards), settings)
