@@ -75,6 +75,31 @@ class Heads:
             and info.shape[0] == len(labels)
         )
 
+    def check_weights(self, name: str, having: Sequence[tuple[str, TensorInfo, float]]) -> None:
+        """Refuse weights that leave a row of the output, or an inner layer, without a mean.
+
+        Args:
+            name: of the head's tensor in the output.
+            having: key, tensor and weight of each model that has it.
+
+        Raises:
+            MismatchError: the weights of the models that know a label, or of all, cancel.
+        """
+        knowing: dict[str | None, list[tuple[str, float]]] = {}  # None: all rows of the tensor
+        for key, info, weight in having:
+            knowing.setdefault(None, []).append((key, weight))
+            for label in self.labels[key] if self.has_label_rows(key, info) else ():
+                knowing.setdefault(label, []).append((key, weight))
+        for known, models in knowing.items():
+            weights = [weight for _, weight in models]
+            if abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
+                of = f"tensor {name}" if known is None else f"the row of label {known} in {name}"
+                raise MismatchError(
+                    f"heads: label-aware makes {of} the mean, by weight, of {', '.join(key for key, _ in models)}, but "
+                    f"their weights ({', '.join(f'{each:g}' for each in weights)}) sum to 0; choose others, or set "
+                    "heads: keep or {keep: MODEL}"
+                )
+
 
 def is_head_tensor(name: str) -> bool:
     """Return whether a tensor of a classification model belongs to its head."""

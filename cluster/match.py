@@ -157,7 +157,11 @@ class _Matcher:
             return None if own is None else self._copy(place.name, own, f"head of {heads.donor}")
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
         weights = [float(model.get("weight") or 0) if "weight" in model else 1.0 for model in settings.models]
-        having = [(merged[i], weights[i]) for i in order if merged[i] is not None]
+        having = [(operand, weights[i]) for i in order if (operand := merged[i]) is not None]
+        if not having:
+            self._note("left out, only the base has this head", place.name)
+            return None
+        heads.check_weights(place.name, [(operand.model, operand.info, weight) for operand, weight in having])
         found = [
             dataclasses.replace(
                 operand,
@@ -167,7 +171,6 @@ class _Matcher:
                 statistic=None,
             )
             for operand, weight in having
-            if operand is not None
             for runs in [heads.row_runs(operand.model, operand.info)]
         ]
         has_labels = any(heads.has_label_rows(each.model, each.info) for each in found)

@@ -19,6 +19,9 @@ from raymerge.merge_actors.methods.interface import Parameter
 
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
+#: Sizes of numbers other than 0: the quotient of any two is still a float32.
+LEAST_SIZE, MOST_SIZE = 1e-18, 1e18
+
 #: Says what is wrong at a key, without failing: warn(key, "is unknown ...").
 Warn = Callable[[str, str], None]
 
@@ -94,6 +97,10 @@ def _read_scalar(raw: Any, parameter: Parameter, origin: Origin, key: str) -> fl
         raise origin.error(key, f"is {shown(raw)}; it must be {wanted}{hint}.")
     if not isinstance(value, str) and not is_in_range(value, parameter):
         raise origin.error(key, f"is {shown(raw)}; it must be {range_text(parameter)}.")
+    if isinstance(value, float) and value and not LEAST_SIZE <= abs(value) <= MOST_SIZE:
+        raise origin.error(
+            key, f"is {shown(raw)}; it must be 0, or of a size from {LEAST_SIZE:g} to {MOST_SIZE:g}."
+        )
     return value
 
 

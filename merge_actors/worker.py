@@ -468,8 +468,9 @@ class MergeWorker:
         if name == "copy":
             out_P.copy_(inputs[job.models[0]])
             return Figures(0.0, 0)
+        comes_of_inputs = False
         if hides_nonfinite(METHODS[name], settings):
-            self._check_inputs(piece, job, inputs, warnings)
+            comes_of_inputs = self._check_inputs(piece, job, inputs, warnings)
         merging = self._slice(piece, job, inputs, lane)
         if piece.is_whole:
             state = self._prepare(piece, job, merging, state)
@@ -480,12 +481,17 @@ class MergeWorker:
             if squares - squares != 0:  # NaN or infinity: in the block, or in the sum alone
                 found = count_nonfinite(merged_P)
                 if found and num_nonfinite == 0:
-                    self._check_inputs(piece, job, inputs, warnings)
+                    comes_of_inputs = self._check_inputs(piece, job, inputs, warnings)
                 num_nonfinite += found
                 write_one_nan(stored_P, merged_P)
                 squares = sum_squares(merged_P.double().nan_to_num_(0, 0, 0))
             total_squares += squares
             num_beyond += count_beyond(merged_P, job.dtype)
+        if num_nonfinite and not comes_of_inputs:
+            warnings.append(
+                f"{num_nonfinite:,} values of tensor {job.tensor} became NaN or infinite, though no input is; "
+                "choose smaller weights, or ones that do not cancel"
+            )
         if num_beyond:
             warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
             num_nonfinite += 0 if saturates(job.dtype) else num_beyond
@@ -504,8 +510,13 @@ class MergeWorker:
             num_nonfinite=figures.num_nonfinite,
         )
 
-    def _check_inputs(self, piece: Piece, job: Job, inputs: list[torch.Tensor], warnings: list[str]) -> None:
-        """Name the inputs that hold NaN or infinity: an error, or a warning if they are allowed."""
+    def _check_inputs(self, piece: Piece, job: Job, inputs: list[torch.Tensor], warnings: list[str]) -> bool:
+        """Name the inputs that hold NaN or infinity: an error, or a warning if they are allowed.
+
+        Returns:
+            whether there are any.
+        """
+        is_any = False
         for index in (*job.models, *(() if job.base is None else (job.base,))):
             found = count_nonfinite(inputs[index])
             if not found:
@@ -519,8 +530,10 @@ class MergeWorker:
                 error = NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
                 error.recipe = job.recipe
                 raise error
+            is_any = True
             if message not in warnings:
                 warnings.append(message)
+        return is_any
 
 
 def _reads_remote(pieces: Sequence[Piece]) -> bool:

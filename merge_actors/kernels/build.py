@@ -103,6 +103,8 @@ def _compiled(source: bytes, compiler: str) -> str:
             timeout=_COMPILE_SECONDS,
             stdin=subprocess.DEVNULL,
         )
+        with open(made, "rb+") as library:
+            os.fsync(library.fileno())  # a torn library would end every later process with SIGBUS
         # Whoever renames last wins; all of them made the same library.
         os.rename(made, target)
     return target

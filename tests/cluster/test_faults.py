@@ -241,6 +241,15 @@ def test_nan_in_a_cut_tensor_is_named(tmp_path: Path) -> None:
     assert run(recipe_of(models), tmp_path / "out", slice_mib=1, allow_nan=True).outputs
 
 
+def test_what_becomes_infinite_by_large_weights_is_told(tmp_path: Path, models: list[str]) -> None:
+    for folder in models:
+        write_model(Path(folder), {"w": torch.full((16, 8), 3e30)})
+    entries = [{"model": model, "parameters": {"weight": 1e18}} for model in models]
+    recipe = {"merge_method": "linear", "models": entries, "parameters": {"normalize": False}}
+    told = "128 values of tensor w became NaN or infinite, though no input is"
+    assert any(told in line for line in run(recipe, tmp_path / "out").remarks)
+
+
 def test_overflow_of_a_sum_is_not_taken_for_nan(tmp_path: Path, models: list[str]) -> None:
     """Squares of large finite values overflow float32: no NaN is reported."""
     for folder in models:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import raymerge
 from raymerge.cluster.verify import verify
@@ -224,3 +224,35 @@ def test_regmean_solves_the_encoder_and_matches_the_heads(models: list[Path], tm
     )
     tensors = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())["tensors"]
     assert "rank" in tensors["bert.pooler.dense.weight"] and "rank" not in tensors["classifier.weight"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "what"),
+    [
+        ((1, -1), r"tensor classifier\.bias .* \(-1, 1\) sum to 0"),
+        ((0, 1), r"the row of label yes .* \(0\) sum to 0"),
+    ],
+)
+def test_weights_that_leave_a_label_without_a_mean_are_refused(
+    models: list[Path], tmp_path: Path, weights: tuple[int, ...], what: str
+) -> None:
+    asked = _recipe(models, heads="label-aware", parameters={"normalize": False})
+    for model, weight in zip(asked["models"], weights, strict=True):
+        model["parameters"]["weight"] = weight
+    with pytest.raises(MismatchError, match=what):
+        raymerge.merge(asked, tmp_path / "out", in_process=True, workers=1)
+    _merge({**asked, "heads": {"keep": str(models[0])}}, tmp_path / "kept")
+
+
+def test_a_head_that_only_the_base_has_is_left_out(
+    models: list[Path], make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_classifier("base", ["yes", "no"], 3)
+    tensors = {
+        name.replace("classifier", "score") if name in HEAD else name: values
+        for name, values in _tensors(base).items()
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    asked = _recipe(models, heads="label-aware", merge_method="task_arithmetic", base_model=str(base))
+    merged, _ = _merge(asked, tmp_path / "out")
+    assert set(HEAD) <= merged.keys() and "score.weight" not in merged

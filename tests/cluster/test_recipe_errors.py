@@ -85,6 +85,12 @@ ERRORS = {
     f"{HEAD}models: [a]\nparameters: {{weight: .nan}}\n": (
         "m.yaml:4: key parameters.weight is nan; it must be a number."
     ),
+    f"{HEAD}models: [a]\nparameters: {{weight: 1.0e+39}}\n": (
+        "m.yaml:4: key parameters.weight is 1e+39; it must be 0, or of a size from 1e-18 to 1e+18."
+    ),
+    f"{HEAD}models: [a]\nparameters: {{weight: 1, lambda: -1.0e-46}}\n": (
+        "m.yaml:4: key parameters.lambda is -1e-46; it must be 0, or of a size from 1e-18 to 1e+18."
+    ),
     f"{HEAD}models: [a]\nparameters: {{weight: null}}\n": (
         "m.yaml:4: key parameters.weight is null; it must be a number."
     ),
