@@ -32,11 +32,14 @@ from raymerge.cluster.journal import Journal
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan
+from raymerge.merge_actors.directions import Directions
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.known_states import KnownStates
+from raymerge.merge_actors.known_sums import KnownSums
 from raymerge.merge_actors.mapped_sources import MappedSources, available_bytes
 from raymerge.merge_actors.memory_files import MemoryFiles
 from raymerge.merge_actors.methods import SPARSIFIERS
+from raymerge.merge_actors.run_memory import RunMemory
 from raymerge.merge_actors.task import HubModel, PieceReport, RunContext, TaskReport
 from raymerge.stats.evaluation.evaluate import prepare_task
 from raymerge.stats.evaluation.prepared import PreparedTask
@@ -45,6 +48,8 @@ from raymerge.stats.evaluation.tasks import EvaluationSpec
 
 #: Share of the memory that is free at the start that sources may fill; models and activations need the rest.
 _SOURCES_SHARE = 0.5
+#: Shares that merged task vectors and sums of Gram matrices may fill.
+_DIRECTIONS_SHARE, _SUMS_SHARE = 0.25, 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +107,12 @@ class Evaluator:
         torch.set_num_threads(1)
         self._job = job
         self._files = MemoryFiles(_sources(job))
-        self._known = KnownStates(SPARSIFIERS)
-        self._group = ResidentGroup(job.num_threads, self._files, job.device, self._known)
+        self._memory = RunMemory(
+            states=KnownStates(SPARSIFIERS),
+            directions=Directions(SPARSIFIERS, int(available_bytes() * _DIRECTIONS_SHARE * job.share)),
+            sums=KnownSums(int(available_bytes() * _SUMS_SHARE * job.share)),
+        )
+        self._group = ResidentGroup(job.num_threads, self._files, job.device, self._memory)
         self._threads = ThreadPoolExecutor(
             job.num_threads if job.device == "cpu" else 1, thread_name_prefix="score"
         )
@@ -116,15 +125,21 @@ class Evaluator:
         self._prepared: dict[tuple[str, Split], list[PreparedTask]] = {}
         self._merging, self._preparing = threading.Lock(), threading.Lock()
 
-    def merge(self, slot: int, recipe: Mapping[str, Any]) -> MergeReport:
+    def merge(self, slot: int, recipe: Mapping[str, Any], group: str | None = None) -> MergeReport:
         """Merge a point into a slot.
+
+        Args:
+            slot: which.
+            recipe: plain values.
+            group: name of the points that differ from this one in lambda alone, if there are others.
 
         Raises:
             RaymergeError: recipe or models are wrong, or do not make the model that some task runs.
         """
         with self._merging:
             started, read_before = time.monotonic(), self._files.bytes_read
-            reused_before = self._known.num_reused
+            reused_before = self._memory.counters()
+            self._memory.directions.begin(group)
             (found,), remarks = self._read(recipe)
             model = self._slots[slot]
             wave = plan_wave([found], {found.name: model.folder}, self._job.merge, {}, self._opened)
@@ -142,7 +157,9 @@ class Evaluator:
                 seed=found.seed,
                 seconds=time.monotonic() - started,
                 bytes_read=self._files.bytes_read - read_before,
-                counters={"num_reused_states": self._known.num_reused - reused_before},
+                counters={
+                    name: count - reused_before[name] for name, count in self._memory.counters().items()
+                },
                 remarks=tuple(dict.fromkeys([*remarks, *wave.remarks, *warnings])),
             )
 
@@ -196,7 +213,7 @@ class Evaluator:
         with self._running(context):
             # The workers share one machine, so that none is slow by itself: a clock that stands still.
             in_flight = InFlight(clock=lambda: 0.0)
-            Controller(plan, self._group, journal, in_flight=in_flight, known=self._known).run()
+            Controller(plan, self._group, journal, in_flight=in_flight, known=self._memory.states).run()
 
     @contextlib.contextmanager
     def _running(self, context: RunContext) -> Iterator[None]:

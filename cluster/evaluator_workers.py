@@ -11,9 +11,9 @@ import queue
 from collections.abc import Mapping
 
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Report, carry_out
-from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.memory_files import MemoryFiles
 from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.run_memory import RunMemory
 from raymerge.merge_actors.task import RunContext
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
@@ -21,10 +21,10 @@ from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 class ResidentGroup:
     """Workers on threads of this process that share one `MemoryFiles`."""
 
-    def __init__(self, num_workers: int, files: MemoryFiles, device: str, known: KnownStates) -> None:
+    def __init__(self, num_workers: int, files: MemoryFiles, device: str, memory: RunMemory) -> None:
         # A GPU does not get faster by more threads than keep its stream filled.
         self._num_workers = num_workers if device == "cpu" else min(num_workers, NUM_LANES)
-        self._files, self._known = files, known
+        self._files, self._memory = files, memory
         self._workers: list[MergeWorker] = []
         self._pools: list[concurrent.futures.ThreadPoolExecutor] = []
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -37,7 +37,7 @@ class ResidentGroup:
         self._events = queue.SimpleQueue()
         if not self._workers:
             for number in range(self._num_workers):
-                self._workers.append(MergeWorker(context, self._files, known=self._known))
+                self._workers.append(MergeWorker(context, self._files, memory=self._memory))
                 self._pools.append(
                     concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"merge-{number}")
                 )

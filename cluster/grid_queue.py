@@ -36,6 +36,12 @@ class PointQueue:
         members: list[array[int]] = [array("q") for _ in families]
         for family, _, index in sorted(keys):
             members[family].append(index)
+        #: of each point, which of the names it has; a name is "" where a point is the only one
+        self._of_group = array("q", (rest for _, rest, _ in sorted(keys, key=lambda each: each[2])))
+        alone = array("q", (0,) * len(without_scales))
+        for rest in self._of_group:
+            alone[rest] += 1
+        self._group_names = [name if alone[rest] > 1 else "" for name, rest in without_scales.items()]
         self._waiting: deque[deque[int]] = deque(deque(each) for each in members)
         self._own: dict[int, deque[int]] = {}
         self._again: deque[int] = deque()
@@ -53,6 +59,10 @@ class PointQueue:
         longest = max(self._own.values(), key=len, default=None)
         # From the end: the owner goes on with what it remembers.
         return longest.pop() if longest else None
+
+    def group(self, index: int) -> str | None:
+        """Return the name of the points that differ from one in scales alone; None if there are no others."""
+        return self._group_names[self._of_group[index]] or None
 
     def put_back(self, index: int) -> None:
         """Hand a point out again, before the others."""

@@ -174,7 +174,7 @@ class _Run:
 
     def _merge(self, number: int, slot: int, task: _Task) -> None:
         self._evaluators[number].merging = (slot, task)
-        self._group.submit(number, Call("merge", slot, (task.point.recipe,)))
+        self._group.submit(number, Call("merge", slot, (task.point.recipe, self._queue.group(task.index))))
 
     def _score(self, number: int, slot: int, task: _Task) -> None:
         self._evaluators[number].scoring = (slot, task)

@@ -7,10 +7,10 @@ there goes through pinned buffers like every other merge.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
-import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +24,9 @@ class Source(NamedTuple):
     """A file in memory."""
 
     data: NDArray[np.uint8]
-    """All of its bytes."""
+    """All of its bytes; writing to them would end the process."""
+    memory: mmap.mmap
+    """What they lie in."""
     on_device: torch.Tensor | None
     """The same on the device, if there is room."""
 
@@ -73,12 +75,12 @@ class MappedSources:
             return None  # who reads it the ordinary way is told what is wrong
         self._left -= num_bytes
         self.num_bytes += num_bytes
-        data = np.frombuffer(memory, np.uint8)
+        data = _array_over(memory)
         if num_bytes > self._device_left:
-            return Source(data, None)
+            return Source(data, memory, None)
         self._device_left -= num_bytes
         self.num_device_bytes += num_bytes
-        return Source(data, _copied(data, self._device))
+        return Source(data, memory, _copied(data, self._device))
 
 
 def available_bytes() -> int:
@@ -103,10 +105,13 @@ def _control_group_bytes() -> int:
     return max(0, most - int(used.get("anon", 0)) - int(used.get("shmem", 0)))
 
 
+def _array_over(memory: mmap.mmap) -> NDArray[np.uint8]:
+    """Return an array that torch takes for writable: it warns of every other, and nobody writes to a source."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    return np.ctypeslib.as_array((ctypes.c_uint8 * len(memory)).from_address(address))
+
+
 def _copied(data: NDArray[np.uint8], device: str) -> torch.Tensor:
     import torch
 
-    with warnings.catch_warnings():
-        # The mapping is read-only, and nobody writes to a source.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(data).to(device, copy=True)
+    return torch.from_numpy(data).to(device, copy=True)

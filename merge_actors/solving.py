@@ -9,6 +9,7 @@ from raymerge.merge_actors.checksum import piece_checksum
 from raymerge.merge_actors.errors import NotFiniteError
 from raymerge.merge_actors.files import Files
 from raymerge.merge_actors.inputs import read_pieces
+from raymerge.merge_actors.known_sums import KnownSums
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.positive_definite import FactorReport
@@ -27,7 +28,12 @@ class Solving:
     """
 
     def __init__(
-        self, task: SolveTask, settings: Sequence[Settings], files: Files, device: torch.device
+        self,
+        task: SolveTask,
+        settings: Sequence[Settings],
+        files: Files,
+        device: torch.device,
+        known: KnownSums | None = None,
     ) -> None:
         """Prepare a task.
 
@@ -36,7 +42,9 @@ class Solving:
             settings: of each set of the task.
             files: to read from.
             device: where to solve.
+            known: sums of earlier runs.
         """
+        self._known = known
         self.task, self.files, self.device = task, files, device
         self._settings = settings
         is_shared = len(task.sets) > 1
@@ -57,7 +65,7 @@ class Solving:
         weights = tuple(float(model["weight"] or 0) for model in self._settings[number].models)
         normalize = str(shared["normalize"])
         if (weights, normalize) not in self._sums:
-            self._sums = {(weights, normalize): GramSums(self._grams, weights, normalize)}
+            self._sums = {(weights, normalize): self._add_up(weights, normalize)}
         factor = self._sums[weights, normalize].factor(float(shared["alpha"] or 0))
         merged: dict[tuple[str, int], torch.Tensor] = {}
         for is_transposed in sorted({job.is_transposed for job in jobs}):
@@ -65,6 +73,12 @@ class Solving:
             found = factor.merge([self._weights(job) for job in alike], is_transposed=is_transposed)
             merged |= {(job.tensor, job.first_byte): matrix for job, matrix in zip(alike, found, strict=True)}
         return [merged[job.tensor, job.first_byte] for job in jobs], factor.report
+
+    def _add_up(self, weights: tuple[float, ...], normalize: str) -> GramSums:
+        if self._known is None:
+            return GramSums(self._grams, weights, normalize)
+        key = (self.task.grams, weights, normalize, self.device)
+        return self._known.get(key, lambda: GramSums(self._grams, weights, normalize))
 
     def _weights(self, job: SolveJob) -> list[torch.Tensor]:
         """Return one matrix of every model."""

@@ -23,13 +23,13 @@ from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
 from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
+from raymerge.merge_actors.directions import Direction
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.host_input import HostInput
 from raymerge.merge_actors.inputs import aligned, arena_bytes, read_inputs
 from raymerge.merge_actors.kernels.build import Kernels, load_kernels
 from raymerge.merge_actors.kernels.fused import FusedSlice, NotFinite, fused_slice
-from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.lane import Lane
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.interface import Summary
@@ -44,6 +44,7 @@ from raymerge.merge_actors.nonfinite import (
 )
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
 from raymerge.merge_actors.solving import Solving, report_solve
+from raymerge.merge_actors.run_memory import RunMemory
 from raymerge.merge_actors.squares import sum_squares
 from raymerge.merge_actors.storage.folders import exists
 from raymerge.merge_actors.storage.retry import with_retries
@@ -109,7 +110,7 @@ class MergeWorker:
         context: RunContext,
         files: Files | None = None,
         gpu: int = 0,
-        known: KnownStates | None = None,
+        memory: RunMemory | None = None,
     ) -> None:
         """Make a worker for a run.
 
@@ -117,10 +118,10 @@ class MergeWorker:
             context: of the run.
             files: shared by the workers of one process.
             gpu: which of the GPUs that this process sees, if the run is on GPUs.
-            known: what earlier runs measured on the same models, where many runs are alike.
+            memory: what earlier runs found out about the same models, where many runs are alike.
         """
         self.context = context
-        self._known = known
+        self._memory = memory
         allow_many_files()
         is_cpu = context.device == "cpu"
         self._files: Files = files or StorageFiles(context.stage)
@@ -301,7 +302,8 @@ class MergeWorker:
         reports, warnings = [], []
         watch = _Stopwatch()
         settings = [self.context.settings[each.settings][1] for each in task.sets]
-        solving = Solving(task, settings, self._files, lane.device)
+        known = self._memory.sums if self._memory else None
+        solving = Solving(task, settings, self._files, lane.device, known)
         try:
             for number, each in enumerate(task.sets):
                 with lane.computing(self._merging), self._eagerly():
@@ -433,24 +435,38 @@ class MergeWorker:
         fused = self._fused(piece, job, inputs)
         if fused is None:
             return None
+        direction = self._direction(piece, job, fused)
         try:
-            if piece.is_whole:
-                state = self._prepare(piece, job, fused, state)
-            unit_squares = fused.merge(state, out.data, out.dtype)
+            if direction is not None and direction.is_known:
+                unit_squares = fused.merge(state, out.data, out.dtype, direction.values, is_known=True)
+            else:
+                if piece.is_whole:
+                    state = self._prepare(piece, job, fused, state)
+                values = None if direction is None else direction.values
+                unit_squares = fused.merge(state, out.data, out.dtype, values)
+                if direction is not None:
+                    direction.formed()
         except NotFinite:
             return None
         if job.dtype in NARROW and not holds_only_finite(out):
             return None
         return Figures(sum(unit_squares.tolist()), 0)
 
+    def _direction(self, piece: Piece, job: Job, fused: FusedSlice) -> Direction | None:
+        """Return what lambda multiplies, from an earlier run or to be kept for later ones."""
+        if self._memory is None:
+            return None
+        return self._memory.directions.find(piece, job, fused.method, fused.settings, fused.formula)
+
     def _prepare(self, piece: Piece, job: Job, whole: Measurable, state: TensorState) -> TensorState:
         """Measure a tensor that is here whole, as far as nothing is known of it."""
-        if self._known is None:
+        if self._memory is None:
             return prepare_slices([whole], state)
+        known = self._memory.states
         tensor = [(piece, job)]
-        recalled = self._known.recall(tensor, whole.method, whole.settings, state)
+        recalled = known.recall(tensor, whole.method, whole.settings, state)
         found = prepare_slices([whole], recalled)
-        self._known.keep(tensor, whole.method, whole.settings, found, recalled)
+        known.keep(tensor, whole.method, whole.settings, found, recalled)
         return found
 
     def _merge_piece(

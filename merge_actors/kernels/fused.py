@@ -87,6 +87,8 @@ class _Formula(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("out_dtype", ctypes.c_int64),
         ("unit_squares", ctypes.c_void_p),
+        ("direction", ctypes.c_void_p),
+        ("is_known", ctypes.c_int64),
     )
 
 
@@ -150,8 +152,23 @@ class FusedSlice:
         assert measure.collect is collect_answers, measure.collect
         return [self._answer(given, question) for question in of["questions"]]
 
-    def merge(self, state: TensorState, out: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
+    def merge(
+        self,
+        state: TensorState,
+        out: NDArray[np.uint8],
+        dtype: str,
+        direction: NDArray[np.float32] | None = None,
+        *,
+        is_known: bool = False,
+    ) -> NDArray[np.float64]:
         """Merge the slice into `out`, rounded to `dtype`; return the sum of squares of each unit before that.
+
+        Args:
+            state: what was measured.
+            out: as long as the slice in `dtype`.
+            dtype: safetensors name.
+            direction: keeps what the formula's scale multiplies; None does not.
+            is_known: it is in `direction` already: neither state nor models are looked at.
 
         Raises:
             NotFinite: an input or the result holds NaN or infinity.
@@ -168,8 +185,10 @@ class FusedSlice:
             out=out.ctypes.data,
             out_dtype=_DTYPES[dtype],
             unit_squares=squares.ctypes.data,
+            direction=None if direction is None else direction.ctypes.data,
+            is_known=is_known,
         )
-        given = self._slice(range(len(self.models)), state, None)
+        given = self._slice([] if is_known else range(len(self.models)), state, None)
         is_finite = self.library.raymerge_merge(ctypes.byref(given.struct), ctypes.byref(formula))
         if not is_finite or not np.isfinite(squares).all():
             raise NotFinite

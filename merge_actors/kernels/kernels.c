@@ -67,6 +67,8 @@ typedef struct {
     void *out;
     int64_t out_dtype;
     double *unit_squares;         /* per unit, of the values before they are rounded */
+    float *direction;             /* what `scale` multiplies: kept here, or NULL; no AVERAGE has one ... */
+    int64_t is_known;             /* ... or already there */
 } Formula;
 
 /* A question about magnitudes in [low, high]; see methods/selection.py. */
@@ -290,9 +292,9 @@ static void add_to_base(float *restrict total, const float *restrict base, doubl
     for (int i = 0; i < n; i++) total[i] = fmaf(total[i], by, base[i]);
 }
 
-/* methods/consensus.py, sum_task_vectors: b + scale sum_i w_i delta_i. */
+/* methods/consensus.py, sum_task_vectors: sum_i w_i delta_i. */
 static int sum_vectors(
-    const Slice *slice, const Formula *formula, const float *base, int64_t at, int n, float *total, float *vector
+    const Slice *slice, const float *base, int64_t at, int n, float *total, float *vector
 ) {
     int is_finite = 1;
     for (int64_t m = 0; m < slice->num_models; m++) {
@@ -305,7 +307,6 @@ static int sum_vectors(
         if (m) add_scaled(total, vector, model->weight, n);
         else multiply(total, model->weight, n);
     }
-    add_to_base(total, base, formula->scale, n);
     return is_finite;
 }
 
@@ -322,7 +323,7 @@ static int average(const Slice *slice, const Formula *formula, int64_t at, int n
     return is_finite;
 }
 
-/* methods/consensus.py, sum_agreeing: b + scale merge{v_i : sign v_i is the sign of sum_i v_i}. */
+/* methods/consensus.py, sum_agreeing: merge{v_i : sign v_i is the sign of sum_i v_i}. */
 static int sum_agreeing(
     const Slice *slice, const Formula *formula, const float *base, int64_t at, int n, float *restrict total,
     float *restrict divisor, float *restrict elected, float *vectors
@@ -359,7 +360,6 @@ static int sum_agreeing(
     }
     for (int i = 0; i < n; i++)
         total[i] = from_bits(to_bits(total[i]) ^ (to_bits(elected[i]) & 0x80000000u));
-    add_to_base(total, base, formula->scale, n);
     return is_finite;
 }
 
@@ -395,10 +395,13 @@ int raymerge_merge(const Slice *slice, const Formula *formula) {
         for (int64_t at = first; at < stop; at += TILE) {
             int n = stop - at < TILE ? (int)(stop - at) : TILE, is_finite = 1;
             if (slice->base.data) is_finite = load(&slice->base, at, n, base);
-            if (formula->formula == SUM) is_finite &= sum_vectors(slice, formula, base, at, n, total, vectors);
+            if (formula->is_known) memcpy(total, formula->direction + at, 4 * (size_t)n);
+            else if (formula->formula == SUM) is_finite &= sum_vectors(slice, base, at, n, total, vectors);
             else if (formula->formula == AVERAGE) is_finite &= average(slice, formula, at, n, total);
             else is_finite &= sum_agreeing(slice, formula, base, at, n, total, divisor, elected, vectors);
             if (!is_finite) return 0;
+            if (formula->direction && !formula->is_known) memcpy(formula->direction + at, total, 4 * (size_t)n);
+            if (formula->formula != AVERAGE) add_to_base(total, base, formula->scale, n);
             store(total, formula->out, formula->out_dtype, at, n);
             add_squares(total, n, lanes);
         }

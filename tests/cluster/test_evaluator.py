@@ -175,6 +175,73 @@ def test_measures_a_tensor_once_for_all_weights_and_scales(
         for name, tensor in evaluator.tensors(0).items():
             assert torch.equal(tensor, expected[name]), name
     assert states[0] == states[1] > 0
-    assert evaluator.merge(0, task_vectors(family, "ties", density=0.5, trim=trim)).counters == {
-        "num_reused_states": 0
-    }
+    other = evaluator.merge(0, task_vectors(family, "ties", density=0.5, trim=trim))
+    assert other.counters["num_reused_states"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ties", {"density": 0.4}),
+        ("ties", {"density": 0.4, "normalize": False}),
+        ("dare_linear", {"density": 0.5}),
+        ("dare_ties", {"density": 0.5, "weight": -0.7}),
+        ("breadcrumbs", {"density": 0.6}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forms_a_task_vector_once_for_all_lambdas(
+    dtype: str,
+    method: str,
+    settings: dict[str, Any],
+    tiny_checkpoints: Callable[..., Any],
+    evaluator: Evaluator,
+    tmp_path: Path,
+) -> None:
+    family = tiny_checkpoints("bert", dtype=dtype)
+    reused = []
+    for number, scale in enumerate((1.0, 0.3, -2.0)):
+        recipe = task_vectors(family, method, **{"lambda": scale}, **settings)
+        reused.append(evaluator.merge(0, recipe, "these").counters["num_reused_directions"])
+        expected = written(recipe, tmp_path / str(number))
+        for name, tensor in evaluator.tensors(0).items():
+            assert torch.equal(tensor, expected[name]), name
+    assert reused[0] == 0 and reused[1] == reused[2] >= len(evaluator.tensors(0)) - 2
+    other = task_vectors(family, method, **{"lambda": 0.3}, **{**settings, "weight": 0.9})
+    assert evaluator.merge(0, other, "others").counters["num_reused_directions"] == 0
+    expected = written(other, tmp_path / "other")
+    for name, tensor in evaluator.tensors(0).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_keeps_no_task_vector_that_nobody_asks_for(
+    tiny_checkpoints: Callable[..., Any], evaluator: Evaluator
+) -> None:
+    family = tiny_checkpoints("bert")
+    for scale in (0.5, 1.0):
+        report = evaluator.merge(0, task_vectors(family, "dare_linear", density=0.4, **{"lambda": scale}))
+        assert report.counters["num_reused_directions"] == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["slerp", "nuslerp", "karcher", "model_stock", "sce", "arcee_fusion", "dare_linear"]
+)
+def test_eager_formulas_on_mapped_sources(
+    method: str, tiny_checkpoints: Callable[..., Any], evaluator: Evaluator, tmp_path: Path
+) -> None:
+    family = tiny_checkpoints("bert", dtype="bfloat16")
+    base, first, second = str(family.base), *map(str, family.models[:2])
+    recipe: dict[str, Any] = {"name": "point", "merge_method": method, "base_model": base}
+    if method == "slerp":
+        recipe |= {"models": [{"model": base}, {"model": first}], "parameters": {"t": 0.3}}
+    elif method == "arcee_fusion":
+        recipe["models"] = [{"model": first}]
+    else:
+        settings: dict[str, Any] = {"weight": 0.4}
+        if method == "dare_linear":
+            settings |= {"density": 0.5, "rescale": "l1"}
+        recipe["models"] = [{"model": each, "parameters": settings} for each in (first, second)]
+    evaluator.merge(0, recipe)
+    expected = written(recipe, tmp_path / "out")
+    for name, tensor in evaluator.tensors(0).items():
+        assert torch.equal(tensor, expected[name]), name
