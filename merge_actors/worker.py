@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
-from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
 from raymerge.merge_actors.directions import Direction
+from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.host_input import HostInput
@@ -43,8 +43,8 @@ from raymerge.merge_actors.nonfinite import (
     write_one_nan,
 )
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
-from raymerge.merge_actors.solving import Solving, report_solve
 from raymerge.merge_actors.run_memory import RunMemory
+from raymerge.merge_actors.solving import Solving, report_solve
 from raymerge.merge_actors.squares import sum_squares
 from raymerge.merge_actors.storage.folders import exists
 from raymerge.merge_actors.storage.retry import with_retries
