@@ -948,6 +948,15 @@ def test_tasks_of_a_stopped_actor_are_done_by_another(
             frozen.append(_pid_of(next(iter(group._actors.values()))))
             os.kill(frozen[0], signal.SIGSTOP)
 
+    from raymerge.cluster.ray_group import RayGroup
+
+    start = RayGroup.start
+
+    def start_both(group: Any, context: Any) -> None:
+        start(group, context)
+        group.hosts()  # waits until all are ready
+
+    monkeypatch.setattr(RayGroup, "start", start_both)
     _spy_on_workers(monkeypatch, freeze_one)
     try:
         result = run(str(many_tasks[0]), tmp_path / "out", in_process=False, workers=2, slice_mib=1)
