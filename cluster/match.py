@@ -82,6 +82,7 @@ class _Matcher:
         self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
         self.statistics, self.heads = statistics, heads
         self._notes: dict[str, list[str]] = {}
+        self._names: list[str] = []
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
         self._averages: dict[tuple[Value, ...], Settings] = {}
 
@@ -91,6 +92,7 @@ class _Matcher:
         order, streams = canonical_order(layers.sources, self.method)
         found = []
         for place in places:
+            self._names.append(place.name)
             operands = [
                 self._operand(use, name, place.name)
                 for use, name in zip(uses, place.source_names, strict=True)
@@ -105,7 +107,11 @@ class _Matcher:
 
     def remarks(self) -> list[str]:
         """Sum the notes up, one line per reason."""
-        lines = []
+        lines = [
+            f"exclude: {pattern} has no effect, no tensor's name fits it"
+            for pattern in self.recipe.exclude
+            if not any(is_excluded(name, [pattern]) for name in self._names)
+        ]
         for note, names in self._notes.items():
             some = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
             lines.append(f"{note}: {some}")

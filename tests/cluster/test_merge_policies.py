@@ -204,3 +204,12 @@ def test_fisher_averages_by_the_weights_of_the_right_models(
     first, second = (_tensors(folder) for folder in folders[1:])
     for name in NAMES:  # equal Fisher values: the weighted mean everywhere
         np.testing.assert_allclose(merged[name], (3 * first[name] + second[name]) / 4, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pattern_that_no_name_fits_is_told(folders: list[Path], tmp_path: Path) -> None:
+    asked = _recipe(folders, exclude=["classifier", "lassifier*"])
+    told = raymerge.merge(asked, tmp_path / "out", in_process=True, workers=1).remarks
+    lines = [line for line in told if "has no effect" in line]
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        "exclude: lassifier* has no effect, no tensor's name fits it"
+    ]
