@@ -24,9 +24,15 @@ BUFFER_BYTES = 8 << 20
 
 
 def floor_seconds(
-    models: Sequence[Path], scratch: Path, *, workers: int, runs: int = 3, is_cold: bool = False
+    models: Sequence[Path],
+    scratch: Path,
+    *,
+    workers: int,
+    runs: int = 3,
+    is_cold: bool = False,
+    num_outputs: int = 1,
 ) -> dict[str, float]:
-    """Time the floor for merging `models` into one model of the first one's size.
+    """Time the floor for merging `models` into one or more models of the first one's size.
 
     Args:
         models: the folders of all inputs.
@@ -34,13 +40,14 @@ def floor_seconds(
         workers: number of threads.
         runs: how often to measure, after one run that warms the cache (none when cold).
         is_cold: drop the inputs from the page cache before each run.
+        num_outputs: how many models are written.
 
     Returns:
         bytes read and written, and the least, median and greatest seconds.
     """
     files = [weights for model in models for weights in weight_files(model)]
     sizes = [file.stat().st_size for file in files]
-    written = sum(file.stat().st_size for file in weight_files(models[0]))
+    written = num_outputs * sum(file.stat().st_size for file in weight_files(models[0]))
     if not is_cold:
         _one_run(files, sizes, written, scratch, workers)
     seconds = []

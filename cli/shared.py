@@ -40,7 +40,19 @@ def recipe_options(command: F) -> F:
 _RUN_OPTIONS = (
     click.option("--address", help="Address of a Ray cluster [default: RAY_ADDRESS, else a Ray of its own]."),
     click.option("--in-process", is_flag=True, help="Merge and evaluate in this process, without Ray."),
-    click.option("--workers", type=int, help="Evaluators [default: one per GPU, or per core up to 16]."),
+    click.option("--workers", type=int, help="Evaluators [default: one per share of a GPU, or per machine]."),
+    click.option(
+        "--gpus-per-evaluator",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Share of a GPU: 0.5 puts two evaluators on each.",
+    ),
+    click.option(
+        "--threads-per-evaluator",
+        type=int,
+        help="Threads on CPUs [default: the machine's cores over its evaluators]; no result depends on it.",
+    ),
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda"]),

@@ -81,7 +81,7 @@ class MergeReport:
     bytes_read: int
     """Bytes that came from the disk, or its cache, for this point: 0 once the sources are in memory."""
     counters: Mapping[str, int] = field(default_factory=dict)
-    """What was taken over from earlier points."""
+    """What was taken over from earlier points, and how much of the sources is in memory or on the device."""
     remarks: tuple[str, ...] = ()
 
 
@@ -106,7 +106,8 @@ class Evaluator:
         # depends on how many there are.
         torch.set_num_threads(1)
         self._job = job
-        self._files = MemoryFiles(_sources(job))
+        self._sources = _sources(job)
+        self._files = MemoryFiles(self._sources)
         self._memory = RunMemory(
             states=KnownStates(SPARSIFIERS),
             directions=Directions(SPARSIFIERS, int(available_bytes() * _DIRECTIONS_SHARE * job.share)),
@@ -158,7 +159,9 @@ class Evaluator:
                 seconds=time.monotonic() - started,
                 bytes_read=self._files.bytes_read - read_before,
                 counters={
-                    name: count - reused_before[name] for name, count in self._memory.counters().items()
+                    **{name: count - reused_before[name] for name, count in self._memory.counters().items()},
+                    "resident_bytes": self._sources.num_bytes,
+                    "device_bytes": self._sources.num_device_bytes,
                 },
                 remarks=tuple(dict.fromkeys([*remarks, *wave.remarks, *warnings])),
             )
@@ -256,11 +259,14 @@ class _Reports(Journal):
 def _sources(job: EvaluatorJob) -> MappedSources:
     """Make the place for sources, bounded by the memory that is free now."""
     if job.device != "cuda":
-        return MappedSources(int(available_bytes() * _SOURCES_SHARE))
+        return MappedSources(source_budget_bytes())
     import torch
 
     _, total = torch.cuda.mem_get_info()
     on_device = int(total * job.share * _SOURCES_SHARE)
-    return MappedSources(
-        int(available_bytes() * _SOURCES_SHARE), device="cuda", device_budget_bytes=on_device
-    )
+    return MappedSources(source_budget_bytes(), device="cuda", device_budget_bytes=on_device)
+
+
+def source_budget_bytes() -> int:
+    """Return how much of this machine's memory sources may fill; the evaluators on it share their pages."""
+    return int(available_bytes() * _SOURCES_SHARE)

@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+from raymerge.cluster.evaluator import source_budget_bytes
 from raymerge.cluster.grid_folder import GridFolder
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_plan import GridPlan, plan_grid
@@ -44,6 +45,7 @@ def estimate(
         "metrics": list(spec.evaluation.metrics),
         "select": [objective.label for objective in spec.selection.objectives],
         "input_bytes": plan.input_bytes,
+        "resident_bytes": min(plan.input_bytes, source_budget_bytes()),
         "model_bytes": plan.output_bytes,
         "export_bytes": spec.top * plan.output_bytes,
         "to_measure": [{"model": each.key, "data": each.data.to_mapping()} for each in plan.missing],
@@ -66,6 +68,8 @@ def estimate_text(found: dict[str, Any]) -> str:
     lines += [
         f"reads {gib(found['input_bytes'])} of models, each once per evaluator; holds {gib(found['model_bytes'])} of "
         "merged weights per evaluator",
+        f"keeps {gib(found['resident_bytes'])} of the models in memory between points"
+        + ("" if found["resident_bytes"] == found["input_bytes"] else ", the rest is read again by slices"),
         f"writes {gib(found['export_bytes'])} of checkpoints",
         f"chooses by {' and '.join(found['select'])}; metrics: {', '.join(found['metrics'])}",
     ]

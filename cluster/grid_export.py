@@ -16,6 +16,7 @@ from raymerge.cluster.merge import merge
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.cluster.select import Ranked, Selection
+from raymerge.merge_actors.errors import CheckpointError
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -102,7 +103,9 @@ def export(
             if ": key " not in line:  # what the recipe's keys are worth was said when the grid was planned
                 on_remark(line)
 
-        merge(recipes, out, merge_options, on_remark=remark, show_progress=show_progress)
+        merged = merge(recipes, out, merge_options, on_remark=remark, show_progress=show_progress)
+        for name, reason in merged.failed.items():
+            raise CheckpointError(f"{name} was not exported: {reason}")
     for each in winners:
         path = os.path.join(folder.file(each["name"]), RECIPE_NAME)
         with open(path, "w", encoding="utf-8") as file:
