@@ -39,6 +39,13 @@ from raymerge.merge_actors.storage.store import store_of
 
 TARGET = 1.3
 _BUCKET = "benchmark"
+#: Ends with whoever started it, however that ends: its input is then at its end.
+_SERVER = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from moto.server import main
+main(sys.argv[1:])
+"""
 
 
 def main() -> None:
@@ -173,9 +180,10 @@ def _store(uri: str | None) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
-    code = "import sys; from moto.server import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-W", "ignore", "-c", code, "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-W", "ignore", "-c", _SERVER, "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     os.environ |= {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "benchmark",
@@ -192,7 +200,7 @@ def _store(uri: str | None) -> Iterator[str]:
         yield f"s3://{_BUCKET}/storage"
     finally:
         server.kill()
-        server.wait()
+        server.communicate()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,15 @@ BUCKET = "models"
 Kind = Literal["503", "500", "cut", "drop", "stall", "403"]
 
 
+#: Ends with whoever started it, however that ends: its input is then at its end.
+_SERVER = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from moto.server import main
+main(sys.argv[1:])
+"""
+
+
 @dataclass(slots=True)
 class Request:
     """One request that the proxy has seen."""
@@ -129,9 +138,9 @@ def running_object_store(listening: socket.socket) -> Iterator[ObjectStore]:
     """Start moto and the proxy, which accepts on a socket that is bound already."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    code = "import sys; from moto.server import main; sys.exit(main(sys.argv[1:]))"
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-W", "ignore", "-c", _SERVER, "-H", "127.0.0.1", "-p", str(port)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={key: value for key, value in os.environ.items() if not key.startswith("AWS_")},
@@ -148,7 +157,7 @@ def running_object_store(listening: socket.socket) -> Iterator[ObjectStore]:
         if thread.is_alive():
             proxy.shutdown()
         server.kill()
-        server.wait()
+        server.communicate()
 
 
 def _wait_until_up(port: int) -> None:
