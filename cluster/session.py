@@ -7,6 +7,7 @@ not. A session pays for that once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -17,6 +18,8 @@ from raymerge.cluster.connect import Device, Placement, connected
 from raymerge.cluster.merge import MergeResult, merge
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.worker_group import WorkerGroup
+
+_WHERE = frozenset({"address", "in_process", "workers", "device"})
 
 
 class Session:
@@ -45,11 +48,15 @@ class Session:
             workers: how many; None means all GPUs, or one a core up to 16.
             device: "auto", "cpu" or "cuda".
         """
-        self._connection = connected(address=address, in_process=in_process, workers=workers, device=device)
+        self._connect = functools.partial(
+            connected, address=address, in_process=in_process, workers=workers, device=device
+        )
+        self._open = contextlib.ExitStack()
         self._workers: tuple[WorkerGroup, Placement] | None = None
 
     def __enter__(self) -> Session:
-        self._workers = self._connection.__enter__()
+        assert self._workers is None, "the session is entered already"
+        self._workers = self._open.enter_context(self._connect())
         return self
 
     def __exit__(
@@ -59,7 +66,7 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self._workers = None
-        self._connection.__exit__(kind, error, traceback)
+        self._open.__exit__(kind, error, traceback)
 
     def merge(
         self,
@@ -75,6 +82,8 @@ class Session:
             RaymergeError: with one sentence for the user; `out` is then as it was before.
         """
         assert self._workers is not None, "the session is not entered: use it in a with statement"
+        for name in _WHERE & options.keys():
+            raise TypeError(f"{name} is the session's: give it to Session(), not to its merge()")
         recipes = [recipe] if isinstance(recipe, str | os.PathLike | Mapping) else list(recipe)
         return merge(
             recipes,

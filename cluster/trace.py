@@ -20,7 +20,20 @@ class Trace:
     """The timeline of one run, kept in memory until it is written."""
 
     def __init__(self, path: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Take a path, and see whether it can be written: nobody wants to hear that after hours of merging.
+
+        Args:
+            path: of the file.
+            clock: seconds from any moment on.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         self._path, self._clock = path, clock
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise write_error(path, error) from error
         self._began = clock()
         self._events: list[dict[str, Any]] = []
         #: worker -> when each of its rows is free again

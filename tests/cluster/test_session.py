@@ -112,3 +112,12 @@ def test_options_of_the_workers_are_the_sessions(models: list[str], tmp_path: Pa
         session.merge(ties(models), tmp_path / "out", slice_mib=1, seed=3)
     with pytest.raises(AttributeError, match="no attribute 'Sessions'"):
         raymerge.Sessions  # noqa: B018
+
+
+def test_a_session_can_be_entered_again_and_keeps_its_workers(models: list[str], tmp_path: Path) -> None:
+    session = raymerge.Session(in_process=True, workers=1)
+    for number in range(2):
+        with session:
+            with pytest.raises(TypeError, match="workers is the session's"):
+                session.merge(ties(models), tmp_path / "out", workers=2)
+            assert session.merge(ties(models), tmp_path / f"out{number}").num_workers == 1

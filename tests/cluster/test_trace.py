@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 
+import pytest
+
 import raymerge
+from raymerge.merge_actors.errors import OutputError
 
 
 def test_every_task_has_a_bar_with_its_phases(tiny_checkpoints, tmp_path):
@@ -36,3 +39,17 @@ def test_every_task_has_a_bar_with_its_phases(tiny_checkpoints, tmp_path):
     for pid, tid in {(bar["pid"], bar["tid"]) for bar in tasks}:  # what overlaps is drawn on rows of its own
         row = sorted((bar["ts"], bar["dur"]) for bar in tasks if (bar["pid"], bar["tid"]) == (pid, tid))
         assert all(ts + dur <= after + 1 for (ts, dur), (after, _) in itertools.pairwise(row))
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_merged(tiny_checkpoints, tmp_path):
+    entries = [
+        {"model": str(model), "parameters": {"weight": 1}} for model in tiny_checkpoints("llama").models
+    ]
+    with pytest.raises(OutputError, match=r"cannot write .*nowhere"):
+        raymerge.merge(
+            {"merge_method": "linear", "models": entries},
+            tmp_path / "out",
+            in_process=True,
+            trace=str(tmp_path / "nowhere" / "trace.json"),
+        )
+    assert not list(tmp_path.iterdir())
