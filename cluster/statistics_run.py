@@ -62,6 +62,8 @@ class StatisticsRun:
     _losses: int = 0
     _num_tokens: int = 0
     """That the workers had passed when they were last asked, since they were started."""
+    _pass_seconds: float = 0.0
+    """Of the last pass over the data."""
 
     def prepare(self) -> None:
         """Start the workers, learn what the model is, plan; take up an earlier run if asked to."""
@@ -107,7 +109,9 @@ class StatisticsRun:
             (group, tuple(shards_of(rank, num_workers, self.description.num_shards)), settings)
             for rank in range(num_workers)
         ]
+        started = time.monotonic()
         reports: list[GroupReport] = self._call("accumulate", arguments, group)
+        self._pass_seconds = time.monotonic() - started
         findings = combine(reports)
         if findings.needs_batching is not None:
             self._start_over(findings.needs_batching)
@@ -154,6 +158,7 @@ class StatisticsRun:
                 "num_tokens": sum(report.num_tokens for report in reports),
                 "num_examples": sum(report.num_examples for report in reports),
                 "num_truncated": sum(report.num_truncated for report in reports),
+                "pass_seconds": self._pass_seconds,
                 "forward_seconds": sum(report.forward_seconds for report in reports),
                 "forward_operations": sum(report.forward_operations for report in reports),
                 "update_seconds": sum(report.update_seconds for report in reports),
@@ -324,7 +329,13 @@ def _timing(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Sum up the timed shards: rates of the linear maps' forward pass and of the Gram updates."""
     sums = {
         key: sum(each[key] for each in groups)
-        for key in ("forward_seconds", "forward_operations", "update_seconds", "update_operations")
+        for key in (
+            "pass_seconds",
+            "forward_seconds",
+            "forward_operations",
+            "update_seconds",
+            "update_operations",
+        )
     }
     return sums | {
         "forward_tflops": sums["forward_operations"] / max(sums["forward_seconds"], 1e-9) / 1e12,

@@ -20,6 +20,9 @@ from raymerge.stats.model_loading import BlockLoader, compute_dtype, load_whole,
 class MeasuredModel:
     """What the passes over the data work on."""
 
+    way_out = "give a --memory-gib that holds the whole model"
+    """For a user whose model cannot be loaded layer by layer."""
+
     def __init__(self, job: MeasureJob, count_tokens: Callable[[int], None]) -> None:
         """Read headers, tokenizer and rows.
 
@@ -54,7 +57,9 @@ class MeasuredModel:
             self.model = load_whole(self.checkpoint, self.job.device)
         self.maps = find_linear_maps(self.model, {**self.checkpoint.tensors, **self.checkpoint.tied})
         if is_streamed:
-            self.loader = BlockLoader(self.model, self.checkpoint, self.maps.blocks, self.job.device)
+            self.loader = BlockLoader(
+                self.model, self.checkpoint, self.maps.blocks, self.job.device, way_out=self.way_out
+            )
 
     def shard(self, number: int) -> list[Example]:
         """Return a shard's examples; each is tokenised once."""

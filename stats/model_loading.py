@@ -175,13 +175,22 @@ def _parameters_on_meta() -> Iterator[None]:
 class BlockLoader:
     """Reads and frees the parameters of parts of a skeleton."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, blocks: Sequence[str], device: str) -> None:
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, blocks: Sequence[str], device: str, *, way_out: str
+    ) -> None:
         """Read everything outside the blocks.
+
+        Args:
+            model: a skeleton.
+            checkpoint: where its parameters are.
+            blocks: names of the blocks.
+            device: where parameters go.
+            way_out: what a user can do whose model cannot be loaded like this.
 
         Raises:
             RecipeError: the checkpoint keeps a parameter in another form than transformers does.
         """
-        self._checkpoint, self._device = checkpoint, device
+        self._checkpoint, self._device, self._way_out = checkpoint, device, way_out
         self._dtype = compute_dtype(checkpoint, device)
         self._files = StorageFiles()
         self._places: dict[int, list[tuple[Any, str]]] = {}
@@ -261,7 +270,7 @@ class BlockLoader:
             kept = "does not hold" if not names else f"keeps in {len(names)} tensors"
             raise RecipeError(
                 f"{self._checkpoint.path} {kept} the parameter {full}, so its layers cannot be loaded one by one; "
-                "give a --memory-gib that holds the whole model."
+                f"{self._way_out}."
             )
         return self._checkpoint.tensors[self._checkpoint.tied.get(names[0], names[0])]
 

@@ -42,6 +42,8 @@ class RegMeanPlusJob:
 class CandidateModel(MeasuredModel):
     """A candidate, which notes the tensors outside its blocks that the first batch of a pass uses."""
 
+    way_out = "merge by regmean, which can hold a model whole"
+
     def __init__(self, job: MeasureJob, count_tokens: Callable[[int], None]) -> None:
         super().__init__(job, count_tokens)
         self.used: set[str] = set()

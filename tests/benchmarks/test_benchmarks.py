@@ -260,3 +260,17 @@ def test_planning_is_kept_with_peak_and_without_torch(tmp_path: Path) -> None:
         assert 0 < plan["seconds"] < result["process"]["max"]
         assert not plan["imports_torch"]
         assert not plan["imports_ray"]
+
+
+def test_bytes_of_statistics_on_paper_add_up(part: Part, tmp_path: Path) -> None:
+    done = run("statistics_passes.py", "--only", "paper", "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    page, results = kept(tmp_path, "statistics")
+    assert "| Llama-3.1-70B, 64 GPUs | " in page
+    found = results["Llama-3.1-8B on 64"]
+    # The published size of Llama-3.1-8B's Grams, 15.3 GiB: float32 triangles of distinct inputs.
+    assert 64 * found["written_bytes"] / 2**30 == pytest.approx(15.3, abs=0.6)
+    assert found["weight_bytes"] == pytest.approx(16.06e9, rel=0.01)
+    paper = part("statistics_passes").paper_plan
+    whole = paper((4096, 14336, 32, 32, 8, 128256), num_workers=1, budget_bytes=1 << 40)
+    assert (whole["num_groups"], whole["hidden_bytes"], whole["sent_bytes"]) == (1, 0, 0)

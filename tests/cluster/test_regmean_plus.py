@@ -469,3 +469,23 @@ def test_what_it_cannot_do_is_refused(
     sources = [{**each, "layer_range": [0, 1]} for each in sliced.pop("models")]
     sliced["slices"] = [{"sources": sources}]
     assert "leave out layer_range" in refusal(RecipeError, sliced)
+
+
+def test_experts_that_cannot_be_loaded_layer_by_layer_are_refused(
+    tiny_checkpoints: Callable[..., Any], texts: list[Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny_checkpoints("llama").base).save_pretrained(tmp_path / "moe")
+    with pytest.raises(RecipeError, match=r"cannot be loaded one by one; merge by regmean"):
+        raymerge.merge(_recipe([tmp_path / "moe"] * 2, texts), tmp_path / "out", in_process=True, workers=1)
