@@ -36,7 +36,6 @@ def skills_setting(domains: ZooSetting, tasks: ZooSetting) -> ZooSetting:
     general = [
         replace(probe, head=GENERAL, group=probe.group if probe.group == "out of domain" else "general")
         for probe in domains.probes
-        if probe.name != "pooled"  # of the same domains
     ]
     return replace(tasks, name="merge_to_learn", probes=(*general, *tasks.probes))
 

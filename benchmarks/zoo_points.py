@@ -15,7 +15,7 @@ from typing import Any
 from raymerge.merge_actors.methods import METHODS
 
 #: The settings whose recipes are not a curve: RegMean's defaults, and the samples of each kind of statistics.
-ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 128
+ALPHA, GRAM_SAMPLES, FISHER_SAMPLES = 0.9, 1000, 64
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 SAMPLES = (1, 8, 64, 1000)
 ESTIMATORS = ("expected", "sampled", "empirical")
@@ -91,9 +91,8 @@ def _read_setting(name: str, found: Mapping[str, Any], max_length: int) -> ZooSe
         )
         for each in names
     ]
-    for extra in found.get("extra_tests", ()):
-        group = {"ood": "out of domain"}.get(extra, extra)
-        probes.append(Probe(name=extra, data=f"{name}/data/{extra}", head=None, group=group))
+    if "ood" in found.get("extra_tests", ()):  # other extra tests are more data of the same domains
+        probes.append(Probe(name="ood", data=f"{name}/data/ood", head=None, group="out of domain"))
     references = {f"only {each}": f"{name}/models/{each}" for each in names}
     if has_own_heads:  # else the base's head was never trained
         references = {"base": found["base"], **references}
