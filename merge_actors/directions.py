@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods.interface import Method, Settings, Sparsifier
 from raymerge.merge_actors.methods.kernel_formula import KernelFormula
-from raymerge.merge_actors.methods.prepare import steps_of
+from raymerge.merge_actors.methods.prepare import TensorState, model_wide_steps, steps_of
 from raymerge.merge_actors.task import Job, Piece
 
 #: A plain sum over models of so few bytes per element is formed as fast as it is read.
@@ -74,7 +74,13 @@ class Directions:
         self._group = group
 
     def find(
-        self, piece: Piece, job: Job, method: Method, settings: Settings, formula: KernelFormula
+        self,
+        piece: Piece,
+        job: Job,
+        method: Method,
+        settings: Settings,
+        formula: KernelFormula,
+        state: TensorState,
     ) -> Direction | None:
         """Return a part of a direction, or where to keep it; None if it is not worth it, or there is no room.
 
@@ -84,6 +90,8 @@ class Directions:
             method: the method.
             settings: its settings for the tensor.
             formula: the method's formula with these settings.
+            state: what is known of the tensor; of it only what was measured on other tensors too counts,
+                since the rest follows from the inputs.
         """
         steps = steps_of(method, settings, self._sparsifiers)
         widths = [element_bytes(piece.reads[i].dtype) for i in job.models]
@@ -103,7 +111,10 @@ class Directions:
         reads = tuple(piece.reads[i] for i in job.models)
         base = None if job.base is None else piece.reads[job.base]
         unscaled = dataclasses.replace(formula, scale=1.0)
-        key = (unscaled, asked, base, reads, others, job.keys, piece.shape)
+        wide = tuple(
+            state.stages.get(place) for place in model_wide_steps(method, settings, self._sparsifiers)
+        )
+        key = (unscaled, asked, base, reads, others, job.keys, piece.shape, wide)
         with self._lock:
             tensor = self._tensors.get(key) or self._make(key, piece.shape)
             if tensor is None:

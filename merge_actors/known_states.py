@@ -103,4 +103,7 @@ def _delta(piece: Piece, job: Job, model: int) -> Hashable:
     read = piece.reads[job.models[model]]
     # Rows that a model lacks are filled from the others.
     others = piece.reads if any(each.row_runs is not None for each in piece.reads) else ()
-    return piece.shape, base, read, others, job.keys[model]
+    # One float64 input has all deltas formed in float64.
+    inputs = (*job.models, *(() if job.base is None else (job.base,)))
+    is_double = any(piece.reads[i].dtype == "F64" for i in inputs)
+    return piece.shape, base, read, others, is_double, job.keys[model]

@@ -435,7 +435,7 @@ class MergeWorker:
         fused = self._fused(piece, job, inputs)
         if fused is None:
             return None
-        direction = self._direction(piece, job, fused)
+        direction = self._direction(piece, job, fused, state)
         try:
             if direction is not None and direction.is_known:
                 unit_squares = fused.merge(state, out.data, out.dtype, direction.values, is_known=True)
@@ -452,11 +452,11 @@ class MergeWorker:
             return None
         return Figures(sum(unit_squares.tolist()), 0)
 
-    def _direction(self, piece: Piece, job: Job, fused: FusedSlice) -> Direction | None:
+    def _direction(self, piece: Piece, job: Job, fused: FusedSlice, state: TensorState) -> Direction | None:
         """Return what lambda multiplies, from an earlier run or to be kept for later ones."""
         if self._memory is None:
             return None
-        return self._memory.directions.find(piece, job, fused.method, fused.settings, fused.formula)
+        return self._memory.directions.find(piece, job, fused.method, fused.settings, fused.formula, state)
 
     def _prepare(self, piece: Piece, job: Job, whole: Measurable, state: TensorState) -> TensorState:
         """Measure a tensor that is here whole, as far as nothing is known of it."""

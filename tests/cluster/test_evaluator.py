@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raymerge.cluster.evaluator import Evaluator, EvaluatorJob
 from raymerge.cluster.merge import merge
@@ -212,6 +213,41 @@ def test_forms_a_task_vector_once_for_all_lambdas(
     expected = written(other, tmp_path / "other")
     for name, tensor in evaluator.tensors(0).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_task_vector_under_one_threshold_for_the_model_depends_on_all_tensors(
+    tiny_checkpoints: Callable[..., Any], evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """The first layer's inputs are the same with and without the second; the threshold is not."""
+    family = tiny_checkpoints("bert")
+    for number, num_layers in enumerate((2, 1)):
+        recipe = task_vectors(family, "ties", trim="model")
+        sources = [{"model": str(family.base), "layer_range": [0, num_layers]}]
+        for each, density in zip(recipe.pop("models"), (0.3, 0.4, 0.5), strict=True):
+            parameters = {"weight": 1.0, "density": density}
+            sources.append({**each, "layer_range": [0, num_layers], "parameters": parameters})
+        recipe["slices"] = [{"sources": sources}]
+        evaluator.merge(0, recipe, "these")
+        expected = written(recipe, tmp_path / str(number))
+        for name, tensor in evaluator.tensors(0).items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_thresholds_of_deltas_in_float64_are_not_those_in_float32(
+    tiny_checkpoints: Callable[..., Any], evaluator: Evaluator, tmp_path: Path
+) -> None:
+    family = tiny_checkpoints("bert")
+    double = tmp_path / "double"
+    shutil.copytree(family.models[2], double)
+    weights = load_file(double / "model.safetensors")
+    save_file({name: tensor.double() for name, tensor in weights.items()}, double / "model.safetensors")
+    recipe = task_vectors(family, "ties", density=0.4) | {"dtype": "float32"}
+    for number, path in enumerate((family.models[2], double)):
+        recipe["models"][2]["model"] = str(path)
+        evaluator.merge(0, recipe)
+        expected = written(recipe, tmp_path / str(number))
+        for name, tensor in evaluator.tensors(0).items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 def test_keeps_no_task_vector_that_nobody_asks_for(
