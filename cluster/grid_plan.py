@@ -28,6 +28,7 @@ from raymerge.cluster.recipe_reader import read_document
 from raymerge.cluster.recipe_statistics import ToMeasure
 from raymerge.cluster.yaml_source import Document
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.stats.evaluation.spec_reader import PATHS
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 
 #: Files up to this size are read whole for a fingerprint; larger ones count by length and time.
@@ -99,7 +100,7 @@ def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> 
         spec=spec,
         options=options,
         inputs=checker.inputs,
-        evaluation=fingerprint(tasks, _file_fingerprints(tasks)),
+        evaluation=fingerprint(tasks, _file_fingerprints(tasks["tasks"])),
         input_bytes=sum(each.num_bytes for each in checker.opened.checkpoints.values()),
         output_bytes=checker.output_bytes,
         num_parameters=checker.num_parameters,
@@ -241,13 +242,19 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _file_fingerprints(value: Any) -> dict[str, str]:
-    """Return the fingerprint of every local file or folder that stands in plain values."""
-    return {
-        text: path_fingerprint(text)
-        for text in sorted(set(_texts(value)))
-        if os.path.exists(os.path.expanduser(text))
+def _file_fingerprints(tasks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the fingerprint of every local file that the tasks name, and of every folder of data or code.
+
+    Elsewhere a text that names a folder is none: a stop text "." is not the working folder.
+    """
+    named = {
+        text
+        for task in tasks
+        for key, value in task.items()
+        for text in _texts(value)
+        if os.path.isfile(path := os.path.expanduser(text)) or (key in PATHS and os.path.exists(path))
     }
+    return {text: path_fingerprint(text) for text in sorted(named)}
 
 
 def path_fingerprint(path: str) -> str:

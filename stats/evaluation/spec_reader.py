@@ -13,7 +13,7 @@ from typing import Any, Literal
 from raymerge.merge_actors.errors import RecipeError
 
 #: Fields that name a local file or folder, if there is one of the name.
-_PATHS = ("validation", "test", "head", "file", "include")
+PATHS = ("validation", "test", "head", "file", "include")
 
 
 def read_fields(kind: type[Any], value: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_fields(kind: type[Any], value: Mapping[str, Any], where: str) -> dict[s
         converted = _convert(given, hints[key])
         if converted is _WRONG:
             raise RecipeError(f"{where}.{key}: {given!r} is no {_spelt(hints[key])}.")
-        found[key] = _absolute(converted) if key in _PATHS else converted
+        found[key] = _absolute(converted) if key in PATHS else converted
     if "name" in found and (not found["name"] or "/" in found["name"]):
         raise RecipeError(f"{where}.name: {found['name']!r} is no name; give letters, digits, dashes, dots.")
     return found

@@ -253,6 +253,26 @@ def test_keys_follow_the_inputs_and_not_the_name(
     assert plan.point(3).key != seeded.point(3).key
 
 
+def test_keys_follow_the_files_of_the_tasks_and_no_folder_that_a_text_is_like(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    data = tmp_path / "rows" / "validation.jsonl"
+    data.write_text("{}")
+    task = {"name": "math", "kind": "generation", "validation": "rows", "stop": ["."]}
+
+    def key() -> str:
+        raw = _grid(family, evaluate=[task], select={"metric": "math.exact_match"})
+        return plan_grid(read_grid(raw), GridOptions()).point(0).key
+
+    first = key()
+    (tmp_path / "results.parquet").write_text("what a run writes")
+    assert key() == first
+    data.write_text("[]")
+    assert key() != first
+
+
 def test_two_runs_do_not_write_one_folder(family: Family, fake_runner: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
