@@ -18,7 +18,7 @@ from raymerge.cluster.recipe import Measurement, Recipe, SourceUse
 from raymerge.cluster.recipe_data import MeasuredData
 from raymerge.cluster.statistics_cache import cached_statistics, count_tokens, find_cached
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
-from raymerge.merge_actors.errors import MismatchError, RecipeError
+from raymerge.merge_actors.errors import MismatchError, RaymergeError, RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.stats.statistics_file import Statistics, StatisticsKind
 
@@ -34,6 +34,8 @@ class ToMeasure:
     kind: StatisticsKind
     data: MeasuredData
     allow_pickle: bool
+    recipe: int
+    """Number of a recipe that asks for it."""
 
     def options(self, **where: Any) -> StatisticsOptions:
         """Return what `collect_statistics` is told; `where` says on what it runs."""
@@ -75,7 +77,7 @@ def find_statistics(
         CheckpointError: statistics are absent or cannot be read.
     """
     both = FoundStatistics()
-    for recipe in recipes:
+    for number, recipe in enumerate(recipes):
         method = METHODS[recipe.merge_method]
         kind = method.statistic
         if kind is None or method.is_sequential:  # measured while merging
@@ -86,7 +88,7 @@ def find_statistics(
             assert measurement is not None
             path = use.statistics
             if use.data is not None:
-                wanted = _to_measure(use, use.data, models[use.model.key], kind, opened, allow_pickle)
+                wanted = _to_measure(use, use.data, models[use.model.key], kind, opened, allow_pickle, number)
                 path = opened.cached_statistics.get((measurement, kind)) or find_cached(
                     models[use.model.key].checkpoint, wanted.options()
                 )
@@ -121,12 +123,16 @@ def measure_missing(
         on_progress: called about twice a second.
 
     Raises:
-        RaymergeError: a model cannot be measured.
+        RaymergeError: a model cannot be measured; it names a recipe that asks for it.
     """
     for number, each in enumerate(missing):
         of_all = f" ({number + 1} of {len(missing)})" if len(missing) > 1 else ""
         on_remark(f"note: measuring {each.key}{of_all}: {each.kind} statistics on {each.data.spec.source}")
-        cached_statistics(each.model, each.options(**where), on_remark=on_remark, on_progress=on_progress)
+        try:
+            cached_statistics(each.model, each.options(**where), on_remark=on_remark, on_progress=on_progress)
+        except RaymergeError as error:
+            error.recipe = each.recipe
+            raise
 
 
 def describe_missing(each: ToMeasure, model: LoadedModel) -> dict[str, Any]:
@@ -164,9 +170,12 @@ def _to_measure(
     kind: StatisticsKind,
     opened: OpenedInputs,
     allow_pickle: bool,
+    recipe: int,
 ) -> ToMeasure:
     """Name the model as workers find it: by its folder, or on the Hub."""
     ref = ModelRef(path=use.model.path, revision=use.model.revision)
     if (ref.path, ref.revision) not in opened.hub_models:
         ref = ModelRef(path=os.path.abspath(model.checkpoint.path))
-    return ToMeasure(key=use.model.key, model=ref, kind=kind, data=data, allow_pickle=allow_pickle)
+    return ToMeasure(
+        key=use.model.key, model=ref, kind=kind, data=data, allow_pickle=allow_pickle, recipe=recipe
+    )

@@ -245,3 +245,19 @@ def test_measuring_and_merging_share_one_ray(
     raymerge.merge(asked, tmp_path / "local", in_process=True, workers=1)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ray", "local"))
     assert one == other
+
+
+def test_a_recipe_whose_models_cannot_be_measured_fails_alone(
+    tiny_checkpoints: Callable[..., Any], texts: Path, cache: Path, tmp_path: Path
+) -> None:
+    models = tiny_checkpoints("llama").models[:2]
+    words = {"path": str(texts), "samples": 4}
+    recipes = [
+        # The expected Fisher of a language model is refused, and only by those who measure it.
+        _recipe(models, words, merge_method="fisher", name="refused"),
+        _recipe(models, words, name="solved"),
+        _recipe(models, None, merge_method="linear", parameters={"weight": 1}, name="averaged"),
+    ]
+    result = raymerge.merge(recipes, tmp_path / "out", in_process=True, workers=1)
+    assert list(result.failed) == ["refused"] and "estimator sampled" in result.failed["refused"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["averaged", "solved"]
