@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--merges", type=int, default=200, help="in all parts together")
+    parser.add_argument("--merges", type=int, default=200, help="in all parts; no more than there are already: report")
     parser.add_argument("--minutes", type=float, help="stop this part after so long")
     parser.add_argument("--record", type=Path, help="file of the merges so far, to go on with")
     parser.add_argument("--only", type=int, help="repeat the merge of this number and nothing else")
@@ -58,7 +58,8 @@ def main() -> None:
         else range(len(done), options.merges)
     )
     try:
-        _part(work, numbers, options, record)
+        if numbers:
+            _part(work, numbers, options, record)
         rows = [json.loads(line) for line in record.read_text().splitlines()]
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -117,6 +118,7 @@ def _part(work: Path, numbers: range, options: argparse.Namespace, record: Path)
             hostile = HostileGroup(group, cluster)
             soak = Soak(work, store, cluster, hostile, placement, options.seed)
             for number in numbers:
+                soak.prepare(number)
                 row = _with_deadline(soak, number)
                 _append(record, row)
                 print(_line(row), file=sys.stderr, flush=True)

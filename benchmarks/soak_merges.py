@@ -59,6 +59,7 @@ class Soak:
         self._placement, self._seed = placement, seed
         self.driver_faults: list[str] = []
         self.row: dict[str, Any] = {}
+        self._is_command = False
         base, tuned = make_models(work / "models", _SHAPE, num_fine_tunes=2, shard_size="8MB")
         self._models = {
             "disk": [str(base), *map(str, tuned)],
@@ -68,10 +69,18 @@ class Soak:
             (name, place): self._reference(name, place) for name in _RECIPES for place in self._models
         }
 
+    def prepare(self, number: int) -> None:
+        """Draw how to run, and whether lost nodes come back; Ray starts nodes from the main thread alone."""
+        rng = random.Random(f"{self._seed}/{number}/nodes")
+        self._is_command = rng.random() < 0.15
+        # A command's workers want room beside those that are here already: on one node it would wait for long.
+        if self._is_command or rng.random() < 0.4:
+            self._cluster.mend()
+
     def merge(self, number: int) -> dict[str, Any]:
         """Draw a merge with its faults, run it, and judge it."""
         rng = random.Random(f"{self._seed}/{number}")
-        name, places = rng.choice(list(_RECIPES)), rng.choice(_PLACES)
+        name, places = rng.choice(list(_RECIPES)), rng.choices(_PLACES, (5, 2, 2, 1))[0]
         self.row = {
             "kind": "merge", "number": number, "recipe": name, "places": places, "faults": {},
             "problems": [], "is_wrong": False, "hung": False, "num_retries": 0, "num_speculated": 0,
@@ -97,14 +106,12 @@ class Soak:
         return self.row
 
     def _run(self, rng: random.Random, name: str, source: str, out: str, faults: Counter[str]) -> None:
-        if rng.random() < 0.4:
-            self._cluster.mend()
         uses_store = "s3://" in out or source == "store"
         if uses_store and rng.random() < 0.6:
             planned = self._break_storage(rng, out)
         else:
             planned = []
-        if rng.random() < 0.2:
+        if self._is_command:
             self._run_command(rng, name, source, out, faults)
         else:
             self._run_here(rng, name, source, out, faults)

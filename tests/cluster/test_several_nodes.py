@@ -52,7 +52,7 @@ print("DONE", len(nodes), result.totals.fetched_bytes, flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
-_OPTIONS = {"slice_mib": 1, "out_shard_size": "40KB"}
+_OPTIONS = {"slice_mib": 1, "out_shard_size": "15KB"}
 
 
 @pytest.mark.slow
