@@ -233,7 +233,9 @@ class Evaluator:
             key = (folder.fingerprint, split)
             if key not in self._prepared:
                 self._prepared[key] = [
-                    prepare_task(task, split, folder.path) for task in self._job.evaluation.tasks
+                    prepare_task(task, split, folder.path)
+                    for task in self._job.evaluation.tasks
+                    if split == "validation" or task.test is not None
                 ]
             return self._prepared[key]
 

@@ -330,14 +330,16 @@ class GridRun:
         for point in known:
             self.writer.append(self.row_of(point, self.earlier_tests[point.key], None))
         by_number = {point.number: point for point in points if point.key not in self.earlier_tests}
+
+        def on_row(row: dict[str, Any]) -> None:
+            if row["status"] == "failed":
+                reason = (row["error"] or "").strip().rpartition("\n")[2]
+                self.remark(f"warning: point {row['point']} could not be scored on the test split: {reason}")
+            point = by_number[int(row["point"])]
+            self.writer.append(self.row_of(point, {**row, "split": "test"}, row.get("same_as")))
+
         if by_number:
-            runner.run(
-                list(by_number.values()),
-                lambda row: self.writer.append(
-                    self.row_of(by_number[int(row["point"])], {**row, "split": "test"}, row.get("same_as"))
-                ),
-                split="test",
-            )
+            runner.run(list(by_number.values()), on_row, split="test")
         self.writer.compact()
 
 

@@ -112,6 +112,18 @@ def test_scores_are_those_of_the_merged_checkpoints(
     assert len({losses[point] for point in losses if rows["validation", point]["axis.w"] == 0}) == 1
 
 
+def test_a_task_without_test_data_is_left_out_of_the_test(
+    folder: Path, tiny_checkpoints: Callable[..., Any]
+) -> None:
+    """The task `mine` has neither; the winner is scored on the other one."""
+    raw = _grid(tiny_checkpoints("llama")) | {"export": {"top": 0}}
+    raw["grid"] = {"method": ["ties"], "w": [1], "p": [0.3]}
+    raw["evaluate"][1]["validation"] = "validation.jsonl"
+    (best,) = grid(raw, "out", GridOptions(**IN_PROCESS)).best
+    assert {name.partition(".")[0] for name in best["validation"]} == {"lm", "mine"}
+    assert {name.partition(".")[0] for name in best["test"]} == {"lm"}
+
+
 def test_a_killed_driver_goes_on_and_gives_the_same_table(
     folder: Path, tiny_checkpoints: Callable[..., Any], ray_session: None
 ) -> None:
