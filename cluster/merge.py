@@ -30,6 +30,7 @@ from raymerge.cluster.manifest import make_manifest, versions, write_manifest
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
+from raymerge.cluster.own_inputs import refuse_inputs_in_output
 from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
@@ -219,6 +220,13 @@ class _Run:
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
         planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        refuse_inputs_in_output(
+            self.folder.out,
+            [
+                *({model.checkpoint.path for model in planned.models.values()} - set(results.values())),
+                *(each.path for each in planned.statistics.values()),
+            ],
+        )
         if planned.missing:  # planned again when that is measured
             return planned
         for line in planned.remarks:

@@ -11,6 +11,7 @@ from typing import Any
 
 from raymerge.cluster.connect import Placement, connected_for_statistics
 from raymerge.cluster.model_ref import ModelRef, parse_model
+from raymerge.cluster.own_inputs import refuse_inputs_in_output
 from raymerge.cluster.remote_statistics import collect_into_store
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
@@ -98,6 +99,7 @@ def collect_statistics(
     checkpoint = open_checkpoint(
         locate(ref.path, ref.revision, allow_pickle=options.allow_pickle), allow_pickle=options.allow_pickle
     )
+    refuse_inputs_in_output(folder.out, [checkpoint.path])
     with folder.locked():
         _check_free(folder, options)
         with connected_for_statistics(

@@ -330,6 +330,20 @@ def test_out_that_cannot_be_written(tmp_path: Path, models: list[str]) -> None:
         run(recipe_of(models), Path("/proc/out"))
 
 
+def test_an_output_does_not_take_the_place_of_its_inputs(tmp_path: Path, models: list[str]) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "in")
+    for out in (Path(models[1]), tmp_path / "in", link):
+        with pytest.raises(OutputError, match="which is read, lies there"):
+            run(recipe_of(models), out, overwrite=True)
+        several = [{**recipe_of(models), "name": "a"}, {**recipe_of(models, "linear"), "name": "b"}]
+        with pytest.raises(OutputError, match="which is read, lies there"):
+            merge(several, out, MergeOptions(in_process=True, workers=1, overwrite=True))
+    assert all((Path(model) / "model.safetensors").exists() for model in models)
+    assert sorted(os.listdir(tmp_path)) == ["in", "link"]
+    assert run(recipe_of(models), tmp_path / "in" / "out", overwrite=True).outputs  # beside them
+
+
 def test_two_runs_on_one_out_exclude_each_other(tmp_path: Path, models: list[str]) -> None:
     with RunFolder(str(tmp_path / "out")).locked():
         with pytest.raises(OutputError, match=rf"another run is writing \S+out \(process {os.getpid()} on"):
