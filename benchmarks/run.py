@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 #: In order; gpu.py is left out of the default, as few machines have one.
-_ON_CPU = ("methods", "plan_scale", "storage", "versus_peer", "memory")
+_ON_CPU = (
+    "methods",
+    "plan_scale",
+    "storage",
+    "versus_peer",
+    "grid_versus_peer",
+    "campaign_floor",
+    "grid_overhead",
+    "memory",
+)
 
 
 def main() -> None:

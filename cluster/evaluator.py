@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from raymerge.cluster.campaign import plan_wave, read_recipes
+from raymerge.cluster.campaign import is_sequential, plan_wave, read_recipes
 from raymerge.cluster.controller import Controller
 from raymerge.cluster.evaluator_folders import ModelFolder, ModelFolders
 from raymerge.cluster.evaluator_slot import ModelSlot
@@ -144,6 +144,10 @@ class Evaluator:
             (found,), remarks = self._read(recipe)
             model = self._slots[slot]
             wave = plan_wave([found], {found.name: model.folder}, self._job.merge, {}, self._opened)
+            if wave.missing:
+                raise RecipeError(
+                    f"{wave.missing[0].key} has not been measured; an evaluator merges by statistics that are there"
+                )
             folder = self._folders.folder_of(wave)
             model.make_ready(wave, folder)
             journal = _Reports("", "")
@@ -201,6 +205,11 @@ class Evaluator:
         if len(recipes) != 1:
             raise RecipeError(
                 f"a point of a grid is one recipe, not {len(recipes)}; write it as one document"
+            )
+        if is_sequential(recipes[0]):
+            raise RecipeError(
+                f"{recipes[0].merge_method} measures models while it merges them, which a grid does not do; merge it "
+                "by itself, with raymerge merge"
             )
         return recipes, remarks
 

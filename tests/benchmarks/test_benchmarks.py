@@ -249,6 +249,41 @@ def test_memory_is_kept_per_shape_and_method(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_a_grid_is_kept_with_what_it_read_and_reused(tmp_path: Path) -> None:
+    options = ("--shape", "tiny", "--no-peer", "--texts", "2")
+    done = run("grid_versus_peer.py", *options, "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    page, results = kept(tmp_path, "grid_versus_peer")
+    assert results["ours"]["bytes_read"] == results["source_bytes"]
+    assert results["ours"]["reused_directions"] + results["ours"]["reused_states"] > 0
+    assert str(tmp_path) not in page
+    assert not (tmp_path / "work" / "grid_versus_peer").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_campaign_reads_its_inputs_once(tmp_path: Path) -> None:
+    options = ("--shape", "tiny", "--recipes", "3", "--runs", "1", "--workers", "1")
+    done = run("campaign_floor.py", *options, "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    _, results = kept(tmp_path, "campaign_floor")
+    ((seconds, read_bytes, write_bytes),) = results["runs"]
+    assert seconds > 0
+    assert read_bytes == 4 * 2 * TINY_PARAMETERS and write_bytes == 3 * 2 * TINY_PARAMETERS
+    assert results["floor"]["bytes_written"] > write_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_overhead_of_points(tmp_path: Path) -> None:
+    done = run("grid_overhead.py", "--points", "100", "--results", tmp_path, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    _, results = kept(tmp_path, "grid_overhead")
+    assert 0 < results["ms_a_point"] < 1_000
+
+
+@pytest.mark.slow
 def test_planning_is_kept_with_peak_and_without_torch(tmp_path: Path) -> None:
     options = ("--experts", "2", "--runs", "1", "--results", tmp_path, "--work", tmp_path / "work")
     done = run("plan_scale.py", *options)
