@@ -36,7 +36,7 @@ from model_shapes import LLAMA_SHAPES
 _SCRIPTS = Path(sys.executable).parent
 _S3_PORT = 9123
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "on-premise", "AWS_SECRET_ACCESS_KEY": "on-premise"}
-_UP_SECONDS = 1500.0
+_UP_SECONDS, _DOWN_SECONDS = 1500.0, 120.0
 
 
 def main() -> None:
@@ -88,8 +88,12 @@ def _on_cluster(
     finally:
         with _timed(seconds, "ray down"):
             _ray(environment, "down", "-y", str(config))
-    time.sleep(5)
-    checks["no Ray process is left after ray down"] = not _ray_processes(work)
+    # Ray stops the head; the workers' processes end by themselves when they have missed it for a minute.
+    with _timed(seconds, "until no Ray process is left"):
+        deadline = time.monotonic() + _DOWN_SECONDS
+        while _ray_processes() and time.monotonic() < deadline:
+            time.sleep(1)
+    checks["no Ray process is left after ray down"] = not _ray_processes()
 
 
 def _merges(
@@ -258,15 +262,15 @@ def _s3_server(work: Path) -> Iterator[str]:
         server.wait()
 
 
-def _ray_processes(work: Path) -> list[str]:
-    """Return the Ray processes that have a host's home for theirs."""
+def _ray_processes() -> list[str]:
+    """Return the Ray processes of the hosts."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 command = Path("/proc", entry, "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                root = os.readlink(f"/proc/{entry}/ns/pid")
-                if "/root/raymerge/" in command and root != os.readlink("/proc/self/ns/pid"):
+                namespace = os.readlink(f"/proc/{entry}/ns/pid")
+                if "/root/raymerge/" in command and namespace != os.readlink("/proc/self/ns/pid"):
                     found.append(command)
     return found
 

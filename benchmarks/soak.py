@@ -40,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--merges", type=int, default=200, help="in all parts; no more than there are already: report")
+    parser.add_argument(
+        "--merges", type=int, default=200, help="in all parts; no more than there are already: report"
+    )
     parser.add_argument("--minutes", type=float, help="stop this part after so long")
     parser.add_argument("--record", type=Path, help="file of the merges so far, to go on with")
     parser.add_argument("--only", type=int, help="repeat the merge of this number and nothing else")
