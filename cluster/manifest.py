@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -133,10 +134,12 @@ def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dic
 
 def versions(*packages: str) -> dict[str, str]:
     """Return the installed versions of some packages; what is not installed is left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in packages if (found := _version(package)) is not None}
+
+
+@functools.cache  # each is a search over all that is installed, and a campaign has many manifests
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
