@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from raymerge.cluster.evaluator import Evaluator, EvaluatorJob
 from raymerge.cluster.merge import merge
 from raymerge.cluster.options import MergeOptions
+from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.errors import RaymergeError
-from raymerge.stats.evaluation.tasks import EvaluationSpec
+from raymerge.merge_actors.methods.gram_matrix import pack_upper
+from raymerge.stats.evaluation.evaluate import evaluate_checkpoint
+from raymerge.stats.evaluation.tasks import EvaluationSpec, parse_evaluation
 
 
 def task_vectors(family: Any, method: str, **parameters: Any) -> dict[str, Any]:
@@ -88,9 +93,6 @@ def test_reads_each_source_once(tiny_checkpoints: Callable[..., Any], evaluator:
 def test_scores_what_a_checkpoint_on_disk_scores(
     tiny_checkpoints: Callable[..., Any], evaluation: EvaluationSpec, evaluator: Evaluator, tmp_path: Path
 ) -> None:
-    from raymerge.merge_actors.checkpoint.folder import open_checkpoint
-    from raymerge.stats.evaluation.evaluate import evaluate_checkpoint
-
     family = tiny_checkpoints("bert", dtype="bfloat16")
     recipe = task_vectors(family, "task_arithmetic", weight=3.0)
     evaluator.merge(0, task_vectors(family, "ties", density=0.4))
@@ -281,3 +283,119 @@ def test_eager_formulas_on_mapped_sources(
     expected = written(recipe, tmp_path / "out")
     for name, tensor in evaluator.tensors(0).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_adds_grams_once_for_all_alphas(
+    tiny_checkpoints: Callable[..., Any],
+    evaluator: Evaluator,
+    write_statistics: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    family = tiny_checkpoints("bert")
+    models = []
+    for number, model in enumerate(family.models):
+        rng = np.random.default_rng(number)
+        grams, modules = {}, {}
+        for name, info in open_checkpoint(model).tensors.items():
+            if len(info.shape) == 2 and ("attention" in name or "dense" in name):
+                width = info.shape[1]
+                rows_RI = torch.from_numpy(rng.standard_normal((3 * width, width)).astype(np.float32))
+                grams[name] = pack_upper(rows_RI.T @ rows_RI).numpy()
+                modules[name] = {
+                    "gram": name,
+                    "kind": "linear",
+                    "in_features": width,
+                    "num_rows": len(rows_RI),
+                }
+        write_statistics(tmp_path / f"s{number}", model, "gram", grams, modules)
+        models.append({"model": str(model), "statistics": str(tmp_path / f"s{number}")})
+    reused = []
+    for number, alpha in enumerate((0.9, 0.3, 1.0)):
+        recipe = {
+            "name": "point",
+            "merge_method": "regmean",
+            "models": models,
+            "parameters": {"alpha": alpha},
+            "fallback": "mean",
+        }
+        reused.append(evaluator.merge(0, recipe).counters["num_reused_sums"])
+        expected = written(recipe, tmp_path / f"out{number}")
+        for name, tensor in evaluator.tensors(0).items():
+            assert torch.equal(tensor, expected[name]), name
+    assert reused == [0, len(grams), len(grams)]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "tied llama"])
+def test_tied_and_transposed_weights_score_as_on_disk(
+    architecture: str, tiny_checkpoints: Callable[..., Any], tmp_path: Path
+) -> None:
+    tied, _, name = architecture.rpartition(" ")
+    family = tiny_checkpoints(name, dtype="bfloat16", tied=bool(tied))
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"word{i} word{i + 1} word{i + 2}"}) + "\n" for i in range(6))
+    )
+    evaluation = parse_evaluation(
+        {
+            "dtype": "float32",
+            "batch_tokens": 16,
+            "tasks": [{"name": "lm", "kind": "loss", "validation": str(rows)}],
+        }
+    )
+    evaluator = make_evaluator(evaluation)
+    for number, scale in enumerate((0.5, 3.0)):
+        recipe = task_vectors(family, "dare_ties", density=0.5, **{"lambda": scale})
+        evaluator.merge(0, recipe)
+        found = evaluator.score(0, "validation").metrics
+        out = tmp_path / f"out{number}"
+        written(recipe, out)
+        expected, _ = evaluate_checkpoint(open_checkpoint(out), evaluation)
+        for metric, estimate in expected.items():
+            assert found[metric] == pytest.approx(tuple(estimate), rel=1e-6), metric
+    evaluator.close()
+
+
+def test_a_point_with_another_vocabulary_has_a_structure_of_its_own(
+    tiny_checkpoints: Callable[..., Any], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    family = tiny_checkpoints("llama")
+    larger = tmp_path / "larger"
+    shutil.copytree(family.models[0], larger)
+    tokenizer = AutoTokenizer.from_pretrained(larger)
+    tokenizer.add_tokens(["extra1", "extra2", "extra3"])
+    tokenizer.save_pretrained(larger)
+    state = load_file(larger / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], state[name][:3] * 2])
+    save_file(state, larger / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((larger / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps({**config, "vocab_size": len(tokenizer)}))
+
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text(json.dumps({"text": "word1 word2 extra1 word3 extra2"}) + "\n")
+    evaluation = parse_evaluation({"tasks": [{"name": "lm", "kind": "loss", "validation": str(rows)}]})
+    evaluator = make_evaluator(evaluation)
+    recipes = [
+        {
+            "name": "point",
+            "merge_method": "linear",
+            "models": [
+                {"model": str(each), "parameters": {"weight": 1}} for each in (first, family.models[1])
+            ],
+            "tokenizer": {"source": "union"},
+        }
+        for first in (larger, family.models[0])
+    ]
+    sizes = []
+    for number, recipe in enumerate([*recipes, recipes[0]]):
+        evaluator.merge(0, recipe)
+        found = evaluator.score(0, "validation").metrics
+        written(recipe, tmp_path / f"out{number}")
+        expected, _ = evaluate_checkpoint(open_checkpoint(tmp_path / f"out{number}"), evaluation)
+        for metric, estimate in expected.items():
+            assert found[metric] == pytest.approx(tuple(estimate), rel=1e-6, nan_ok=True), metric
+        sizes.append(len(evaluator.tensors(0)["model.embed_tokens.weight"]))
+    assert sizes[0] == sizes[2] == sizes[1] + 3
+    evaluator.close()
