@@ -49,7 +49,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     help="Gram matrices (regmean) or Fisher.",
 )
 @click.option(
-    "--data", required=True, help="File or folder of Parquet, JSONL, CSV, text or images; or a data set's name."
+    "--data",
+    required=True,
+    help="File or folder of Parquet, JSONL, CSV, text or images; or a data set's name.",
 )
 @click.option("--data-config", help="Configuration of a named data set.")
 @click.option("--split", help="Split of a data set or folder [default: train where there is one].")

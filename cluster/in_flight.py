@@ -1,7 +1,7 @@
 """Which worker has which task since when, and which task is worth giving to a second worker.
 
-When there is nothing left to hand out, or all waits for one answer, a task of a slow worker is given to an idle one as well.
-The first result counts; both write the same bytes to the same place.
+When there is nothing left to hand out, or all waits for one answer, a task of a slow worker is given to an idle one
+as well. The first result counts; both write the same bytes to the same place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is fuzzed: each takes bytes from a stranger and may only succeed or raise an error of ours.
 
-Anything else (an IndexError, a hang, gigabytes of memory) is a finding. `run.py` drives them by coverage; `test_corpus.py`
-replays what earlier runs found worth keeping.
+Anything else (an IndexError, a hang, gigabytes of memory) is a finding. `run.py` drives them by coverage;
+`test_corpus.py` replays what earlier runs found worth keeping.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 import tempfile
 from collections.abc import Callable
 
+from safetensors import SafetensorError, safe_open
+
 from raymerge.cluster.recipe import load_recipes
 from raymerge.cluster.yaml_source import parse_documents
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.checkpoint.header import read_header
 from raymerge.merge_actors.errors import RaymergeError
-from safetensors import SafetensorError, safe_open
 
 _FOLDER = tempfile.mkdtemp(prefix="raymerge-fuzz-")
 _WEIGHTS = (
