@@ -5,12 +5,10 @@ The one way from recipes to checkpoints; the command line and `raymerge.merge` c
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge.cluster.campaign import (
@@ -23,10 +21,11 @@ from raymerge.cluster.campaign import (
 )
 from raymerge.cluster.campaign_failures import CampaignFailures
 from raymerge.cluster.connect import Placement, connected
-from raymerge.cluster.controller import Controller, Totals
+from raymerge.cluster.controller import Controller
 from raymerge.cluster.inspect import quick_check
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.manifest import make_manifest, versions, write_manifest
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.output_files import write_metadata_files
@@ -37,6 +36,7 @@ from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
+from raymerge.cluster.totals import Totals
 from raymerge.cluster.trace import Trace
 from raymerge.cluster.worker_group import Done, InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeError
@@ -47,31 +47,6 @@ from raymerge.merge_actors.versions import installed_versions
 
 #: Gives a worker group, connected and perhaps used before, and takes it back.
 Workers = AbstractContextManager[tuple[WorkerGroup, Placement]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeResult:
-    """What a merge did."""
-
-    outputs: tuple[str, ...]
-    """Folder of each merged recipe's checkpoint, in the order of the recipes."""
-    totals: Totals
-    """Work of this run; tasks that an earlier run had finished are not in it."""
-    num_tasks: int
-    """Tasks of the whole plan."""
-    num_resumed: int
-    """Tasks that were found finished."""
-    seconds: float
-    device: str
-    num_workers: int
-    remarks: tuple[str, ...]
-    """What the user should know: ineffective keys, copied tensors, NaN that was let through."""
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Why a recipe was not merged, by its name: of several recipes, some may fail."""
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return dataclasses.asdict(self)
 
 
 def merge(

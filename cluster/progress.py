@@ -6,8 +6,8 @@ import sys
 import time
 from typing import TextIO
 
-from raymerge.cluster.controller import Totals
 from raymerge.cluster.statistics_options import StatisticsProgress
+from raymerge.cluster.totals import Totals
 
 _LIVE_SECONDS = 0.2
 _LOG_SECONDS = 15.0

@@ -21,7 +21,7 @@ from typing import Any
 from raymerge.cluster.activation_group import ActivationGroup, WorkersLost
 from raymerge.cluster.campaign import PlannedWave
 from raymerge.cluster.connect import Placement
-from raymerge.cluster.controller import Controller, Totals
+from raymerge.cluster.controller import Controller
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.match import match
 from raymerge.cluster.matched import MergedTensor
@@ -31,6 +31,7 @@ from raymerge.cluster.regmean_plus_group import passes_group
 from raymerge.cluster.regmean_plus_measure import Measured, StageMeasurer, same_layers
 from raymerge.cluster.regmean_plus_plan import candidates_of, expected_statistics, partial_statistics
 from raymerge.cluster.regmean_plus_state import RunState
+from raymerge.cluster.totals import Totals
 from raymerge.cluster.worker_group import WorkerGroup
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import ClusterError

@@ -15,7 +15,8 @@ from typing import Any
 
 from raymerge.cluster.campaign import RecipeSource
 from raymerge.cluster.connect import Device, Placement, connected
-from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.merge import merge
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.worker_group import WorkerGroup
 

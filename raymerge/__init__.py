@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raymerge.cluster.evaluate import Evaluation, EvaluationResult
     from raymerge.cluster.grid import GridResult
     from raymerge.cluster.inspect import Inspection
-    from raymerge.cluster.merge import MergeResult
+    from raymerge.cluster.merge_result import MergeResult
     from raymerge.cluster.session import Session as Session
     from raymerge.cluster.verify import Verification
 

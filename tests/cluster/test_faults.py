@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from raymerge.cli.main import main
 from raymerge.cluster import merge as merge_module
 from raymerge.cluster.journal import Journal, read_journal
-from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.merge import merge
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.session import Session

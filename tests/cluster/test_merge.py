@@ -14,7 +14,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.merge import merge
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import load_recipes
 from raymerge.cluster.settings import resolve

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import raymerge
 from raymerge.cluster import merge as merge_module
-from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.merge import merge
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.statistics import collect_statistics
 from raymerge.cluster.statistics_options import StatisticsOptions

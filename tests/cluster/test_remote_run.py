@@ -17,7 +17,8 @@ from object_store import BUCKET, ObjectStore
 import raymerge
 from raymerge.cluster import store_lock
 from raymerge.cluster.journal import read_journal
-from raymerge.cluster.merge import MergeResult, merge
+from raymerge.cluster.merge import merge
+from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, OutputError, RaymergeError
