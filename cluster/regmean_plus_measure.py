@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymerge.cluster.activation_group import ActivationGroup
+from raymerge.cluster.heads import is_head_tensor
 from raymerge.cluster.regmean_plus_plan import partial_statistics
 from raymerge.cluster.regmean_plus_state import RunState
 from raymerge.cluster.statistics_entries import GroupFindings, combine, gram_entries
@@ -15,7 +16,7 @@ from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.stats.batches import shards_of
 from raymerge.stats.layer_groups import LayerGroup
-from raymerge.stats.linear_maps import ModelMaps
+from raymerge.stats.linear_maps import LinearMap, ModelMaps
 from raymerge.stats.measure_job import Entry, PassSettings
 from raymerge.stats.regmean_plus_stages import Candidate, Stage, StageReport, StageWork
 from raymerge.stats.statistics_file import Statistics, read_modules
@@ -182,7 +183,7 @@ class StageMeasurer:
 
 
 def same_layers(names: Sequence[str], candidates: Sequence[Candidate]) -> None:
-    """Check that all candidates have the same layers.
+    """Check that all candidates have the same layers; classification heads may have other labels.
 
     Raises:
         MismatchError: they do not.
@@ -190,12 +191,20 @@ def same_layers(names: Sequence[str], candidates: Sequence[Candidate]) -> None:
     first = candidates[0].description.maps
     for name, candidate in zip(names, candidates, strict=True):
         maps = candidate.description.maps
-        if maps.blocks != first.blocks or maps.maps != first.maps:
+        if maps.blocks != first.blocks or _without_labels(maps.maps) != _without_labels(first.maps):
             raise MismatchError(
                 f"{names[0]} has {len(first.blocks)} layers with {len(first.maps)} linear maps and {name} has "
                 f"{len(maps.blocks)} with {len(maps.maps)}, or they differ in names or shapes; regmean_plus goes "
                 "through all models layer by layer, so they must be built alike."
             )
+
+
+def _without_labels(maps: Sequence[LinearMap]) -> list[LinearMap]:
+    """Return maps in which a head's number of labels does not count: `heads` of the recipe says what becomes of it."""
+    return [
+        dataclasses.replace(each, out_features=0) if is_head_tensor(each.tensors[0]) else each
+        for each in maps
+    ]
 
 
 def _rounds(num_candidates: int, num_workers: int) -> Iterator[_Members]:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import raymerge
 from raymerge.cluster.manifest import MANIFEST_NAME
@@ -406,6 +407,29 @@ def test_excluded_tensors_are_averaged_and_feed_what_follows(
     name = "model.layers.1.self_attn.q_proj.weight"
     mean = (own[0][name] + 2 * own[1][name]) / 3
     torch.testing.assert_close(_merged(tmp_path / "out")[name], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_of_different_tasks_are_left_out(
+    make_candidates: Callable[[str], list[Path]], texts: list[Path], tmp_path: Path
+) -> None:
+    models = make_candidates("deberta")
+    other = tmp_path / "other"
+    shutil.copytree(models[1], other)
+    weights = _merged(other)
+    weights["classifier.weight"] = weights["classifier.weight"][[0, 1, 1]].contiguous()
+    weights["classifier.bias"] = weights["classifier.bias"][[0, 1, 1]].contiguous()
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"] = {str(number): f"label {number}" for number in range(3)}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (other / "config.json").write_text(json.dumps(config))
+    pairs = {"same": models, "different": [models[0], other]}
+    for name, pair in pairs.items():
+        raymerge.merge(_recipe(pair, texts, heads="exclude"), tmp_path / name, in_process=True, workers=1)
+    same, different = _merged(tmp_path / "same"), _merged(tmp_path / "different")
+    assert same.keys() == different.keys()
+    assert not [name for name in same if name.startswith("classifier.")]
+    assert all(torch.equal(same[name], different[name]) for name in same)
 
 
 def test_a_plan_says_what_will_be_solved(
