@@ -88,7 +88,7 @@ def _start_sshd(home: Path, name: str, address: str, hidden: Path) -> subprocess
     script = (
         f"set -e; mount --make-rprivate /; hostname {name}; mkdir -p /run/sshd; mount --bind {home} /root; "
         f"mount --bind {home}/tmp /tmp; mount -t tmpfs none /dev/shm; mount -t tmpfs none {hidden}; cd /root; "
-        f"exec /usr/sbin/sshd -D -e -h /root/host_key -o ListenAddress={address} -o PidFile=none -o UsePAM=no "
+        f"exec /usr/sbin/sshd -D -e -h ~root/host_key -o ListenAddress={address} -o PidFile=none -o UsePAM=no "
         "-o StrictModes=no -o PermitRootLogin=yes"
     )
     unshare = ["unshare", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
