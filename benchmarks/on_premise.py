@@ -270,7 +270,7 @@ def _ray_processes() -> list[str]:
             with contextlib.suppress(OSError):
                 command = Path("/proc", entry, "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 namespace = os.readlink(f"/proc/{entry}/ns/pid")
-                if "/root/raymerge/" in command and namespace != os.readlink("/proc/self/ns/pid"):
+                if "/raymerge/bin/" in command and namespace != os.readlink("/proc/self/ns/pid"):
                     found.append(command)
     return found
 
