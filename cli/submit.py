@@ -80,7 +80,8 @@ def submit_command(
     if earlier is not None and (earlier.state == "SUCCEEDED" or not earlier.is_ended):
         click.echo(f"job {identity} was submitted before and is {earlier.state}; following it", err=True)
     else:
-        entry = "raymerge" if installed else "python -m raymerge"
+        # exec: the cluster signals the process it started; a shell in between would die alone and leave ours running.
+        entry = "exec raymerge" if installed else "exec python -m raymerge"
         with tempfile.TemporaryDirectory(prefix="raymerge-job-") as folder:
             bundle.write(folder, with_package=not installed)
             jobs.submit(

@@ -144,6 +144,7 @@ def test_a_stopped_job_can_be_submitted_again(recipe, job_server):
         "other",
         "--workers",
         "1",
+        "--resume",  # wherever the stop finds it: before its first task, or in the middle
     )
     name = _raymerge(job_server, *words).stdout.strip()
     assert name.startswith("stopped-")
@@ -152,6 +153,7 @@ def test_a_stopped_job_can_be_submitted_again(recipe, job_server):
     assert "STOPPED" in _raymerge(job_server, "jobs", "status", name).stdout
     assert not (recipe / "other").exists()
     assert _raymerge(job_server, *words).stdout.strip() == name
-    assert _raymerge(job_server, "jobs", "wait", name, "--timeout", "60").returncode == 0
+    waited = _raymerge(job_server, "jobs", "wait", name, "--timeout", "60")
+    assert waited.returncode == 0, _raymerge(job_server, "jobs", "logs", name).stdout
     assert (recipe / "other" / "model.safetensors").exists()
     assert "merged into" in _raymerge(job_server, "jobs", "logs", "--follow", name).stdout
