@@ -21,6 +21,8 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL_SECONDS = 1.0
 #: How often a lost connection to a job's log is taken up again before we give up.
 _MOST_RECONNECTIONS = 20
+#: The cluster's watcher of an ended job looks once a second; a job that takes the name before it has looked is failed.
+_SECONDS_UNTIL_NAME_IS_FREE = 3.0
 _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -138,6 +140,8 @@ class Jobs:
         try:
             earlier = self.find(submission_id)
             if earlier is not None and earlier.is_ended:
+                since = time.time() - (earlier.end_time or 0.0)
+                time.sleep(min(max(_SECONDS_UNTIL_NAME_IS_FREE - since, 0.0), _SECONDS_UNTIL_NAME_IS_FREE))
                 self._client.delete_job(submission_id)
             self._client.submit_job(
                 entrypoint=entrypoint,
