@@ -25,6 +25,7 @@ from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import Measurement, Recipe, load_recipes
 from raymerge.cluster.recipe_statistics import ToMeasure, find_statistics
 from raymerge.cluster.regmean_plus_plan import check_candidates, expected_statistics
+from raymerge.cluster.remarks import of_recipe
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
@@ -174,7 +175,7 @@ def plan_wave(
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()
-        remarks += [f"{recipe.name}: {remark}" for remark in said]
+        remarks += [of_recipe(recipe.name, line) for line in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
         plans.append(
             RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])

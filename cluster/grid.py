@@ -315,9 +315,7 @@ class GridRun:
         rows = table.select(metric_columns(table.column_names)).to_pylist()
         ranked = rank((row for row in rows if row["split"] == "validation"), self.spec.selection)
         if not ranked:
-            self.remark(
-                "warning: no point has a result to choose by; the column `error` of the results says why"
-            )
+            self.remark("no point has a result to choose by; the column `error` of the results says why")
         return ranked[: max(1, self.spec.top)]
 
     def _score_test(self, winners: Sequence[Ranked], runner: Runner) -> None:
@@ -334,7 +332,7 @@ class GridRun:
         def on_row(row: dict[str, Any]) -> None:
             if row["status"] == "failed":
                 reason = (row["error"] or "").strip().rpartition("\n")[2]
-                self.remark(f"warning: point {row['point']} could not be scored on the test split: {reason}")
+                self.remark(f"point {row['point']} could not be scored on the test split: {reason}")
             point = by_number[int(row["point"])]
             self.writer.append(self.row_of(point, {**row, "split": "test"}, row.get("same_as")))
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
-from raymerge.cluster.campaign import PlannedWave, plan_wave
+from raymerge.cluster.campaign import is_sequential, plan_wave
 from raymerge.cluster.grid_axes import Axis, Dimension
+from raymerge.cluster.grid_inputs import GridInputs, path_fingerprint, texts
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_points import Point, PointList, Value, fingerprint
 from raymerge.cluster.grid_references import references
@@ -26,13 +25,12 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_reader import read_document
 from raymerge.cluster.recipe_statistics import ToMeasure
+from raymerge.cluster.remarks import as_note, without_recipe
 from raymerge.cluster.yaml_source import Document
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.evaluation.spec_reader import PATHS
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 
-#: Files up to this size are read whole for a fingerprint; larger ones count by length and time.
-_HASHED_BYTES = 256 << 20
 _UNKNOWN_KEY = "is unknown and has no effect"
 
 
@@ -42,8 +40,8 @@ class GridPlan:
 
     spec: GridSpec
     options: GridOptions
-    inputs: Mapping[str, str]
-    """Fingerprints of models, statistics and data, by the text that a recipe names them by."""
+    inputs: GridInputs
+    """Fingerprints of models, statistics and data."""
     evaluation: str
     """Fingerprint of the tasks and of the files that they name."""
     input_bytes: int
@@ -75,9 +73,8 @@ class GridPlan:
 
     def key(self, recipe: Mapping[str, Any]) -> str:
         """Return the fingerprint of a recipe, its inputs and the tasks."""
-        used = sorted({text for text in _texts(recipe) if text in self.inputs})
         unnamed = {name: value for name, value in recipe.items() if name != "name"}
-        return fingerprint(unnamed, [self.inputs[text] for text in used], self.evaluation)
+        return fingerprint(unnamed, self.inputs.of(recipe), self.evaluation)
 
 
 def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> GridPlan:
@@ -118,7 +115,7 @@ def _check_tasks(evaluation: EvaluationSpec, model_folder: str) -> list[str]:
     tested = tuple(task for task in evaluation.tasks if task.test is not None)
     if tested:
         remarks += expect_fit(dataclasses.replace(evaluation, tasks=tested), model_folder, splits=("test",))
-    return [line if line.startswith("note:") else f"note: {line}" for line in remarks]
+    return [as_note(line) for line in remarks]
 
 
 def _with_ends(spec: GridSpec) -> GridSpec:
@@ -147,7 +144,7 @@ class _Checker:
         self.spec, self.options, self.strict = spec, options, strict
         self.merge_options = MergeOptions(slice_mib=options.slice_mib, allow_pickle=options.allow_pickle)
         self.opened = OpenedInputs()
-        self.inputs: dict[str, str] = {}
+        self.inputs = GridInputs()
         self.missing: dict[tuple[str, str], ToMeasure] = {}
         self.remarks: list[str] = []
         self.output_bytes = self.num_parameters = 0
@@ -180,33 +177,25 @@ class _Checker:
             if _UNKNOWN_KEY in line:
                 raise RecipeError(line)
         self.remarks += said
+        if is_sequential(read):
+            raise self.spec.origin.error(
+                "merge_method",
+                f"is {read.merge_method}, which measures models while it merges them, and points are merged in memory; "
+                "merge each setting with raymerge merge and score it with raymerge evaluate, or use regmean here.",
+            )
         return read
 
     def plan(self, recipe: Recipe) -> None:
         """Plan a recipe, and take down what it needs."""
         wave = plan_wave([recipe], {recipe.name: "OUT"}, self.merge_options, {}, self.opened)
-        self.remarks += [line.removeprefix(f"{recipe.name}: ") for line in wave.remarks]
+        self.remarks += [without_recipe(recipe.name, line) for line in wave.remarks]
         for each in wave.missing:
             self.missing[each.key, repr((each.kind, each.data))] = each
-        self._note_inputs(recipe, wave)
+        self.inputs.note(recipe, wave, self.opened)
         donor = wave.models[recipe.donor.key].checkpoint
         self.num_parameters = max(self.num_parameters, donor.num_parameters)
         self.output_bytes = max(self.output_bytes, wave.plan.write_bytes)
         self.model_folders[donor.folder] = None
-
-    def _note_inputs(self, recipe: Recipe, wave: PlannedWave) -> None:
-        for ref in (*recipe.all_models(), recipe.donor):
-            model = wave.models[ref.key]
-            adapter = f"+{model.adapter.fingerprint}" if model.adapter else ""
-            for text in (ref.key, ref.path):
-                self.inputs[text] = f"{model.checkpoint.fingerprint}{adapter}"
-        for use in (use for _, layers in recipe.slices() for use in layers.sources):
-            if use.statistics is not None and use.measurement is not None:
-                self.inputs[use.statistics] = wave.statistics[use.measurement].fingerprint
-            elif use.data is not None and use.data.spec.source not in self.inputs:
-                source = use.data.spec.source
-                if os.path.exists(os.path.expanduser(source)):
-                    self.inputs[source] = path_fingerprint(source)
 
 
 def _dimensions_of_method(spec: GridSpec) -> list[int]:
@@ -231,17 +220,6 @@ def _without_parameters(value: Any) -> Any:
     return [_without_parameters(each) for each in value] if isinstance(value, list) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _texts(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
-
-
 def _file_fingerprints(tasks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the fingerprint of every local file that the tasks name, and of every folder of data or code.
 
@@ -251,28 +229,7 @@ def _file_fingerprints(tasks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         text
         for task in tasks
         for key, value in task.items()
-        for text in _texts(value)
+        for text in texts(value)
         if os.path.isfile(path := os.path.expanduser(text)) or (key in PATHS and os.path.exists(path))
     }
     return {text: path_fingerprint(text) for text in sorted(named)}
-
-
-def path_fingerprint(path: str) -> str:
-    """Return a fingerprint of a file's content, or of the files of a folder."""
-    path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        names = sorted(
-            os.path.relpath(os.path.join(folder, name), path)
-            for folder, _, files in os.walk(path)
-            for name in files
-            if not name.startswith(".")
-        )
-        return fingerprint([(name, path_fingerprint(os.path.join(path, name))) for name in names])
-    status = os.stat(path)
-    if status.st_size > _HASHED_BYTES:
-        return fingerprint(status.st_size, status.st_mtime_ns)
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

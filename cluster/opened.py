@@ -58,7 +58,7 @@ class OpenedInputs:
         made_here = {name: results[name] for recipe in recipes for name in recipe.depends_on}
         models: dict[str, LoadedModel] = {}
         places: list[Place] = []
-        for ref in dict.fromkeys(ref for recipe in recipes for ref in _refs_of(recipe)):
+        for ref in dict.fromkeys(ref for recipe in recipes for ref in refs_of(recipe)):
             place = _place_of(ref, made_here)
             checkpoint = self._checkpoint(place, allow_pickle)
             places.append(place)
@@ -108,7 +108,8 @@ def _place_of(ref: ModelRef, made_here: Mapping[str, str]) -> Place:
     return (made_here[ref.path], "") if ref.path in made_here else (ref.path, ref.revision)
 
 
-def _refs_of(recipe: Recipe) -> list[ModelRef]:
+def refs_of(recipe: Recipe) -> list[ModelRef]:
+    """Return every model that a recipe needs opened: those it merges, and those of config and tokenizer."""
     refs = [*recipe.all_models(), recipe.donor]
     return refs + list(recipe.tokenizer.models() if recipe.tokenizer else ())
 
