@@ -96,16 +96,18 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     "--memory-gib", type=float, help="GiB a worker may use for weights and sums [default: what is free]."
 )
 @click.option("--resume", is_flag=True, help="Go on with an unfinished run for OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, or drop an unfinished run for it.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an OUT that raymerge wrote, or drop an unfinished run for it."
+)
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL over a calibration set and write its statistics to OUT.
 
-    MODEL is a folder or a Hub id, path[@revision]. Statistics do not depend on the number of
-    workers, the size of batches or the memory budget. A finished layer group is kept: after a failure
-    the same command with --resume repeats only the group that was under way.
+    MODEL is a folder or a Hub id, path[@revision], or with a LoRA adapter MODEL+ADAPTER. Statistics do
+    not depend on the number of workers, the size of batches or the memory budget. A finished layer group
+    is kept: after a failure the same command with --resume repeats only the group that was under way.
     """
     from raymerge.cluster.progress import StatisticsLine
     from raymerge.cluster.statistics import collect_statistics

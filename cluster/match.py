@@ -119,7 +119,8 @@ class _Matcher:
 
     def _operand(self, use: SourceUse, name: str, output_name: str) -> Operand | None:
         model = self.models[use.model.key]
-        info = model.checkpoint.tensors.get(model.checkpoint.tied.get(name, name))
+        own_name = model.checkpoint.tied.get(name, name)
+        info = model.checkpoint.tensors.get(own_name)
         if model.adapter is not None and name in model.adapter.full:
             info = model.adapter.full[name]
         if info is None:
@@ -131,7 +132,7 @@ class _Matcher:
             low_rank=model.adapter.pairs.get(name) if model.adapter else None,
             row_runs=runs,
             num_rows=self.vocabulary.num_rows if self.vocabulary and runs is not None else 0,
-            statistic=self._statistic(use, info.name),
+            statistic=self._statistic(use, own_name),
         )
 
     def _statistic(self, use: SourceUse, name: str) -> Statistic | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from raymerge.merge_actors.checkpoint.adapted import adapted
 from raymerge.merge_actors.checkpoint.adapter import Adapter, LowRank
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
@@ -20,6 +21,11 @@ class LoadedModel:
     """`ModelRef.key`: the name in messages and in random streams."""
     checkpoint: Checkpoint
     adapter: Adapter | None = None
+
+    @property
+    def merged(self) -> Checkpoint:
+        """The model with its adapter, as one checkpoint."""
+        return self.checkpoint if self.adapter is None else adapted(self.checkpoint, self.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,26 @@ class ModelRef:
         if self.adapter:
             mapping["lora"] = _part(self.adapter)
         return mapping
+
+
+class ModelPlace(TypedDict):
+    """Where a model and its adapter are, as `open_model` and `MeasureJob` take it."""
+
+    model: str
+    revision: str | None
+    adapter: str | None
+    adapter_revision: str | None
+
+
+def place_of(ref: ModelRef) -> ModelPlace:
+    """Return where a model and its adapter are."""
+    adapter = ref.adapter
+    return ModelPlace(
+        model=ref.path,
+        revision=ref.revision,
+        adapter=adapter.path if adapter else None,
+        adapter_revision=adapter.revision if adapter else None,
+    )
 
 
 def parse_model(value: object) -> ModelRef:

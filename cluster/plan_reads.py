@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from raymerge.cluster.matched import MergedTensor, Operand, Statistic
 from raymerge.merge_actors.methods import METHODS
-from raymerge.merge_actors.task import LowRankRead, Read
+from raymerge.merge_actors.task import Read
+from raymerge.merge_actors.whole_tensors import low_rank_read
 
 
 def is_solved_for(tensor: MergedTensor) -> bool:
@@ -93,15 +94,5 @@ def read_of(operand: Operand) -> Read:
         fill_weight=operand.fill_weight,
         low_rank=None
         if update is None
-        else LowRankRead(
-            a_file=update.a.file,
-            a_offset=update.a.begin,
-            b_file=update.b.file,
-            b_offset=update.b.begin,
-            dtype=update.a.dtype,
-            rank=update.rank,
-            scale=update.scale,
-            is_transposed=update.is_transposed,
-            num_rows=None if operand.row_runs is None else info.shape[0],
-        ),
+        else low_rank_read(update, None if operand.row_runs is None else info.shape[0]),
     )

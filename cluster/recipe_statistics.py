@@ -6,9 +6,8 @@ headers, data and tokenizers only. `measure_missing` then measures it on the clu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymerge.cluster.matched import LoadedModel
@@ -20,6 +19,7 @@ from raymerge.cluster.statistics_cache import cached_statistics, count_tokens, f
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.merge_actors.errors import MismatchError, RaymergeError, RecipeError
 from raymerge.merge_actors.methods import METHODS
+from raymerge.merge_actors.storage.uris import absolute
 from raymerge.stats.statistics_file import Statistics, StatisticsKind
 
 
@@ -90,7 +90,7 @@ def find_statistics(
             if use.data is not None:
                 wanted = _to_measure(use, use.data, models[use.model.key], kind, opened, allow_pickle, number)
                 path = opened.cached_statistics.get((measurement, kind)) or find_cached(
-                    models[use.model.key].checkpoint, wanted.options()
+                    models[use.model.key].merged, wanted.options()
                 )
                 if path is None:
                     both.missing[measurement, kind] = wanted
@@ -102,7 +102,7 @@ def find_statistics(
                 raise MismatchError(
                     f"the statistics {path} are of kind {statistics.kind}, but {recipe.merge_method} needs {kind}"
                 )
-            statistics.check_against(models[use.model.key].checkpoint)
+            statistics.check_against(models[use.model.key].merged)
             both.found[measurement] = statistics
     return both
 
@@ -137,7 +137,7 @@ def measure_missing(
 
 def describe_missing(each: ToMeasure, model: LoadedModel) -> dict[str, Any]:
     """Return what measuring would take, for a plan: rows and tokens of the data."""
-    rows, tokens, is_exact = count_tokens(model.checkpoint, each.data.spec)
+    rows, tokens, is_exact = count_tokens(model.merged, each.data.spec)
     return {
         "model": each.key,
         "kind": each.kind,
@@ -155,12 +155,6 @@ def _check_use(recipe: Recipe, use: SourceUse, kind: StatisticsKind) -> None:
             f"{at}: {recipe.merge_method} needs statistics of {use.model.key}; measure them with raymerge stats "
             f"--kind {kind} and name their folder: statistics: PATH, or name data to measure it on: data: PATH"
         )
-    if use.model.adapter is not None:
-        raise MismatchError(
-            f"{at}: {use.model.key} has an adapter, and statistics are measured on whole checkpoints: merge the "
-            "adapter into its model first (passthrough, an earlier document of the same file will do), and "
-            "name the result"
-        )
 
 
 def _to_measure(
@@ -173,9 +167,18 @@ def _to_measure(
     recipe: int,
 ) -> ToMeasure:
     """Name the model as workers find it: by its folder, or on the Hub."""
-    ref = ModelRef(path=use.model.path, revision=use.model.revision)
-    if (ref.path, ref.revision) not in opened.hub_models:
-        ref = ModelRef(path=os.path.abspath(model.checkpoint.path))
+    adapter = None
+    if use.model.adapter is not None:
+        assert model.adapter is not None
+        adapter = _found_place(use.model.adapter, model.adapter.path, opened)
+    ref = replace(_found_place(use.model, model.checkpoint.path, opened), adapter=adapter)
     return ToMeasure(
         key=use.model.key, model=ref, kind=kind, data=data, allow_pickle=allow_pickle, recipe=recipe
     )
+
+
+def _found_place(ref: ModelRef, path: str, opened: OpenedInputs) -> ModelRef:
+    """Return a model or an adapter by its place on the Hub, else by its absolute path."""
+    if (ref.path, ref.revision) in opened.hub_models:
+        return ModelRef(path=ref.path, revision=ref.revision)
+    return ModelRef(path=absolute(path))

@@ -25,6 +25,7 @@ from raymerge.cluster.controller import Controller
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.match import match
 from raymerge.cluster.matched import MergedTensor
+from raymerge.cluster.model_ref import place_of
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import RecipePlan, make_plan
 from raymerge.cluster.regmean_plus_group import passes_group
@@ -119,14 +120,13 @@ class RegMeanPlusRun:
         for number, use in enumerate(candidates_of(self._plan.recipe)):
             folder = os.path.join(self.work_folder, f"candidate-{number}")
             os.makedirs(folder, exist_ok=True)
-            is_made_here = use.model.path in self._plan.recipe.depends_on
+            place = place_of(use.model)
+            if use.model.path in self._plan.recipe.depends_on:
+                place["model"] = self.wave.models[use.model.key].checkpoint.folder
             assert use.data is not None
             jobs.append(
                 MeasureJob(
-                    model=self.wave.models[use.model.key].checkpoint.folder
-                    if is_made_here
-                    else use.model.path,
-                    revision=use.model.revision,
+                    **place,
                     allow_pickle=self.options.allow_pickle,
                     kind="gram",
                     data=use.data.spec,

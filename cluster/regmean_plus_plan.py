@@ -29,7 +29,7 @@ def check_candidates(
 
     Raises:
         RecipeError: statistics are given, data are not, or the recipe stacks or thins layers.
-        MismatchError: a model has an adapter, or another vocabulary than the others.
+        MismatchError: a model has another vocabulary than the others.
     """
     where = recipe.origin.at("")
     if len(recipe.modules) > 1 or len(recipe.modules[0].slices) > 1 or recipe.modules[0].name != "default":
@@ -51,11 +51,6 @@ def check_candidates(
             raise RecipeError(
                 f"{place}: regmean_plus needs data of {use.model.key}: data: PATH, or data: {{path: PATH, ...}}."
             )
-        if models[use.model.key].adapter is not None:
-            raise MismatchError(
-                f"{place}: {use.model.key} has an adapter, and regmean_plus runs whole checkpoints: merge the adapter "
-                "into its model first (passthrough)."
-            )
     if vocabulary is not None:
         raise MismatchError(
             f"{where}: the models' vocabularies differ; regmean_plus feeds the merged embeddings with every model's "
@@ -70,7 +65,7 @@ def expected_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> di
 
     found = {}
     for use in candidates_of(recipe):
-        checkpoint = models[use.model.key].checkpoint
+        checkpoint = models[use.model.key].merged
         maps = find_linear_maps(skeleton(checkpoint), {**checkpoint.tensors, **checkpoint.tied})
         modules = {tensor: _module(each, tensor) for each in maps.maps for tensor in each.tensors}
         assert use.measurement is not None

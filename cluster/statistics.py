@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.cluster.connect import Placement, connected_for_statistics
-from raymerge.cluster.model_ref import ModelRef, parse_model
+from raymerge.cluster.model_ref import ModelRef, parse_model, place_of
 from raymerge.cluster.own_inputs import refuse_inputs_in_output
 from raymerge.cluster.remote_statistics import collect_into_store
 from raymerge.cluster.run_folder import RunFolder
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.cluster.statistics_run import OUTPUT, StatisticsRun, journal_path
-from raymerge.merge_actors.checkpoint.folder import open_checkpoint
-from raymerge.merge_actors.checkpoint.hub import locate
-from raymerge.merge_actors.errors import OutputError, RecipeError
+from raymerge.merge_actors.checkpoint.adapted import open_model
+from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.measure_job import MeasureJob
 from raymerge.stats.statistics_file import MANIFEST, Statistics, open_statistics, write_json
@@ -69,7 +68,7 @@ def collect_statistics(
     """Measure a model and write its statistics to a folder.
 
     Args:
-        model: folder or Hub id, path[@revision].
+        model: folder or Hub id, path[@revision][+adapter[@revision]].
         out: the folder to write.
         options: what and where.
         on_remark: gets sentences for the user.
@@ -91,15 +90,9 @@ def collect_statistics(
         uri = collect_into_store(place, collect, resume=options.resume, overwrite=options.overwrite)
         return _at(uri, results, seconds=time.monotonic() - started)
     ref = parse_model(model) if isinstance(model, str) else model
-    if ref.adapter is not None:
-        raise RecipeError(
-            f"{ref.key!r} has an adapter; merge it into its base first (raymerge merge, passthrough)."
-        )
     folder = RunFolder(place)
-    checkpoint = open_checkpoint(
-        locate(ref.path, ref.revision, allow_pickle=options.allow_pickle), allow_pickle=options.allow_pickle
-    )
-    refuse_inputs_in_output(folder.out, [checkpoint.path])
+    checkpoint = open_model(**place_of(ref), allow_pickle=options.allow_pickle)
+    refuse_inputs_in_output(folder.out, [part.path for part in (ref, ref.adapter) if part is not None])
     with folder.locked():
         _check_free(folder, options)
         with connected_for_statistics(
@@ -143,8 +136,7 @@ def _at(uri: str, results: list[StatisticsResult], *, seconds: float) -> Statist
 
 def _job(ref: ModelRef, options: StatisticsOptions, placement: Placement, work_folder: str) -> MeasureJob:
     return MeasureJob(
-        model=ref.path,
-        revision=ref.revision,
+        **place_of(ref),
         allow_pickle=options.allow_pickle,
         kind=options.kind,
         data=options.data,

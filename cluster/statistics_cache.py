@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 
 import xxhash
 
-from raymerge.cluster.model_ref import ModelRef, parse_model
+from raymerge.cluster.model_ref import ModelRef, parse_model, place_of
 from raymerge.cluster.statistics import collect_statistics
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
-from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
-from raymerge.merge_actors.checkpoint.hub import locate
+from raymerge.merge_actors.checkpoint.adapted import open_model
+from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.image_data import inputs_fingerprint, open_data
@@ -55,7 +55,7 @@ def cached_statistics(
     A run that was stopped is taken up where it was; one that another process is making is waited for.
 
     Args:
-        model: folder or Hub id, path[@revision].
+        model: folder or Hub id, path[@revision][+adapter[@revision]].
         options: as for `collect_statistics`; `resume` and `overwrite` mean nothing here.
         on_remark: as for `collect_statistics`.
         on_progress: as for `collect_statistics`.
@@ -64,8 +64,7 @@ def cached_statistics(
         RaymergeError: the model cannot be measured.
     """
     ref = parse_model(model) if isinstance(model, str) else model
-    found = locate(ref.path, ref.revision, allow_pickle=options.allow_pickle)
-    checkpoint = open_checkpoint(found, allow_pickle=options.allow_pickle)
+    checkpoint = open_model(**place_of(ref), allow_pickle=options.allow_pickle)
     folder = _entry(checkpoint, options)
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     with _one_at_a_time(folder + ".lock"):
@@ -80,7 +79,7 @@ def count_tokens(checkpoint: Checkpoint, spec: DataSpec) -> tuple[int, int, bool
 
     Of many rows a few shards are tokenised and the rest estimated.
     """
-    data = open_data(spec, checkpoint.folder, checkpoint.config)
+    data = open_data(spec, checkpoint.inputs_folder, checkpoint.config)
     num_rows = len(data.rows.texts)
     step = max(1, num_rows // _ROWS_COUNTED)
     shards = range(0, data.num_shards, step)
@@ -105,11 +104,11 @@ def _one_at_a_time(path: str) -> Iterator[None]:
 
 
 def _key(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
-    data = open_data(options.data, checkpoint.folder, checkpoint.config)
+    data = open_data(options.data, checkpoint.inputs_folder, checkpoint.config)
     parts = {
         "format": FORMAT_VERSION,
         "model": checkpoint.fingerprint,
-        "tokenizer": inputs_fingerprint(data, checkpoint.folder),
+        "tokenizer": inputs_fingerprint(data, checkpoint.inputs_folder),
         "data": data.data_fingerprint(),
         "kind": options.kind,
         "estimator": options.estimator if options.kind == "fisher" else None,

@@ -52,7 +52,7 @@ def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData | Im
         num_rows=len(data.rows.texts),
         max_length=data.max_length,
         data_fingerprint=data.data_fingerprint(),
-        tokenizer_fingerprint=inputs_fingerprint(data, checkpoint.folder),
+        tokenizer_fingerprint=inputs_fingerprint(data, checkpoint.inputs_folder),
         compute_dtype=str(compute_dtype(checkpoint, job.device)).removeprefix("torch."),
         batching="equal_length" if maps.has_experts or _feeds_itself(model) else "padded",
         remarks=(*data.rows.remarks, *_remarks(maps)),

@@ -20,6 +20,9 @@ class MeasureJob:
     model: str
     """Local folder or Hub id."""
     revision: str | None
+    adapter: str | None = None
+    """Local folder or Hub id of an adapter that is added to the model."""
+    adapter_revision: str | None = None
     allow_pickle: bool
     kind: Literal["gram", "fisher"]
     data: DataSpec

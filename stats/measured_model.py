@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raymerge.merge_actors.checkpoint.folder import open_checkpoint
-from raymerge.merge_actors.checkpoint.hub import locate
+from raymerge.merge_actors.checkpoint.adapted import open_model
 from raymerge.merge_actors.errors import MismatchError
 from raymerge.stats.batches import Batch, batch_tensors, pixel_batch
 from raymerge.stats.block_passes import StopHere
@@ -35,12 +34,17 @@ class MeasuredModel:
             torch.set_num_threads(job.threads)
         else:
             torch.backends.cuda.matmul.allow_tf32 = False
-        folder = locate(job.model, job.revision, allow_pickle=job.allow_pickle)
         self.job = job
         self.count_tokens = count_tokens
         """Told of the tokens of each batch that has passed."""
-        self.checkpoint = open_checkpoint(folder, allow_pickle=job.allow_pickle)
-        self.data = open_data(job.data, self.checkpoint.folder, self.checkpoint.config)
+        self.checkpoint = open_model(
+            job.model,
+            job.revision,
+            adapter=job.adapter,
+            adapter_revision=job.adapter_revision,
+            allow_pickle=job.allow_pickle,
+        )
+        self.data = open_data(job.data, self.checkpoint.inputs_folder, self.checkpoint.config)
         self.model: Any = None
         self.maps = ModelMaps(maps=(), blocks=(), tied=(), not_in_checkpoint=())
         self.loader: BlockLoader | None = None

@@ -19,6 +19,7 @@ from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.merge_actors.files import RangeRead
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.storage.uris import is_remote
+from raymerge.merge_actors.whole_tensors import read_tensor
 from raymerge.stats.weight_names import tensor_names
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     """
     dtype = compute_dtype(checkpoint, device)
     try:
-        if any(is_remote(tensor.file) for tensor in checkpoint.tensors.values()):
-            model = _load_remote(checkpoint, dtype)
+        if checkpoint.is_adapted or any(is_remote(tensor.file) for tensor in checkpoint.tensors.values()):
+            model = _load_values(checkpoint, dtype)
         else:
             with _BUILDING, _quiet():
                 model = model_class(checkpoint.config).from_pretrained(
@@ -73,28 +74,14 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     return prepared(model).to(device)
 
 
-def _load_remote(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Load a model whose weights transformers cannot open itself: they are read by range and handed over."""
-    import torch
+def _load_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Load a model whose weights transformers cannot open itself: they are read by range and handed over.
+
+    Those of an adapter's model are made as they are read.
+    """
     from transformers import AutoConfig
 
-    raw = {
-        name: torch.empty(tensor.num_bytes, dtype=torch.uint8) for name, tensor in checkpoint.tensors.items()
-    }
-    files = StorageFiles()
-    try:
-        files.read_many(
-            [
-                RangeRead(tensor.file, tensor.begin, raw[name].numpy().data)
-                for name, tensor in checkpoint.tensors.items()
-            ]
-        )
-    finally:
-        files.close()
-    values = {
-        name: raw[name].view(torch_dtype(tensor.dtype)).view(tensor.shape)
-        for name, tensor in checkpoint.tensors.items()
-    }
+    values = _read_values(checkpoint, dtype)
     chosen = model_class(checkpoint.config)
     with _quiet():
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -103,6 +90,27 @@ def _load_remote(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             chosen = type(chosen.from_config(config))
     with _BUILDING, _quiet():
         return chosen.from_pretrained(None, config=config, state_dict=values, torch_dtype=dtype)
+
+
+def _read_values(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    import torch
+
+    plain = {name: info for name, info in checkpoint.tensors.items() if name not in checkpoint.updates}
+    raw = {name: torch.empty(info.num_bytes, dtype=torch.uint8) for name, info in plain.items()}
+    files = StorageFiles()
+    try:
+        files.read_many(
+            [RangeRead(info.file, info.begin, raw[name].numpy().data) for name, info in plain.items()]
+        )
+        updated = {
+            name: read_tensor(files, checkpoint.tensors[name], update).to(dtype)
+            for name, update in checkpoint.updates.items()
+        }
+    finally:
+        files.close()
+    return updated | {
+        name: raw[name].view(torch_dtype(info.dtype)).view(info.shape) for name, info in plain.items()
+    }
 
 
 @contextlib.contextmanager
@@ -222,7 +230,10 @@ class BlockLoader:
             module, name = self._places[key][0]
             if not module._parameters[name].is_meta:
                 continue
-            value = self._read(self._sources[full]).to(self._device, self._dtype)
+            source = self._sources[full]
+            # What stands elsewhere is merged already, updates included.
+            update = self._checkpoint.updates.get(source.name) if source == self._own_sources[full] else None
+            value = read_tensor(self._files, source, update).to(self._device, self._dtype)
             parameter = torch.nn.Parameter(value, requires_grad=False)
             for module, name in self._places[key]:
                 module._parameters[name] = parameter
@@ -273,11 +284,3 @@ class BlockLoader:
                 f"{self._way_out}."
             )
         return self._checkpoint.tensors[self._checkpoint.tied.get(names[0], names[0])]
-
-    def _read(self, tensor: TensorInfo) -> torch.Tensor:
-        import torch
-
-        raw = torch.empty(tensor.num_bytes, dtype=torch.uint8)
-        if tensor.num_bytes:
-            self._files.read_into(tensor.file, tensor.begin, raw.numpy().data)
-        return raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)

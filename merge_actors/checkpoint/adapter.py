@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from raymerge.merge_actors.checkpoint.adapter_names import BaseNames
 from raymerge.merge_actors.checkpoint.files import DataFiles, read_json
 from raymerge.merge_actors.checkpoint.folder import (
@@ -86,7 +88,7 @@ class Adapter:
     """Tensors that replace the base's or come on top: `modules_to_save`, trained biases, resized
     embeddings. An update in `pairs` for the same name is added to the tensor given here."""
     fingerprint: str
-    """As a checkpoint's."""
+    """As a checkpoint's, and over the scales, which the config decides."""
 
 
 def open_adapter(folder: str | os.PathLike[str], base: Checkpoint, *, allow_pickle: bool = False) -> Adapter:
@@ -114,14 +116,20 @@ def open_adapter(folder: str | os.PathLike[str], base: Checkpoint, *, allow_pick
     names = BaseNames(base)
     low_rank, others = _sort_out(tensors, path)
     full = _full_tensors(others, names, config, path)
+    pairs = _pairs(low_rank, full, names, config, path)
     return Adapter(
         path=path,
         folder=small_files,
         config=config,
-        pairs=_pairs(low_rank, full, names, config, path),
+        pairs=pairs,
         full=full,
-        fingerprint=fingerprint(tensors.values(), [file]),
+        fingerprint=_fingerprint(fingerprint(tensors.values(), [file]), pairs),
     )
+
+
+def _fingerprint(of_files: str, pairs: Mapping[str, LowRank]) -> str:
+    scales = [(name, pair.scale, pair.is_transposed) for name, pair in sorted(pairs.items())]
+    return xxhash.xxh3_128_hexdigest(f"{of_files}{scales}".encode())
 
 
 def _check_supported(config: Mapping[str, Any], path: str) -> None:

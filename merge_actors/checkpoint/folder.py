@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -23,6 +23,9 @@ from raymerge.merge_actors.errors import CheckpointError
 from raymerge.merge_actors.storage.folders import entries, map_concurrently, reading
 from raymerge.merge_actors.storage.mirror import mirrored
 from raymerge.merge_actors.storage.uris import absolute, is_remote
+
+if TYPE_CHECKING:
+    from raymerge.merge_actors.checkpoint.adapter import LowRank
 
 #: Of each data file so many pieces of so many bytes enter the fingerprint, evenly spread.
 _NUM_SAMPLES = 8
@@ -46,6 +49,17 @@ class Checkpoint:
     """alias -> name of the tensor in `tensors` that it shares its values with."""
     fingerprint: str
     """128 bits in hex over headers, lengths and samples of the data files."""
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+    """Of a model with an adapter: tensor -> the product that whoever reads it adds."""
+    is_adapted: bool = False
+    """Is an adapter in it? Then its tensors are not all in the files of `path`."""
+    adapter_folder: str | None = None
+    """Of an adapter that brings its own tokenizer."""
+
+    @property
+    def inputs_folder(self) -> str:
+        """Where tokenizer or image processor are."""
+        return self.adapter_folder or self.folder
 
     @property
     def num_parameters(self) -> int:
