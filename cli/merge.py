@@ -32,7 +32,7 @@ from raymerge.cli.shared import recipe_options
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT (of several recipes, their folders in it), or drop an unfinished run.",
+    help="Replace an OUT that raymerge wrote (of several recipes, their folders in it), or drop an unfinished run.",
 )
 @click.option("--fsync", is_flag=True, help="Flush OUT to the disk before it gets its name.")
 @click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity, with a warning.")

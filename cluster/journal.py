@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.errors import CheckpointError, OutputError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.folders import entries, map_concurrently, read_bytes
 from raymerge.merge_actors.storage.objects import write_object
@@ -128,6 +128,17 @@ def read_journal(path: str) -> tuple[dict[str, Any], list[TaskReport]]:
         except ValueError:
             break  # the line that was being written when the driver was killed
     return (rows[0], [_from_row(row) for row in rows[1:]]) if rows else ({}, [])
+
+
+def read_journal_header(path: str) -> dict[str, Any]:
+    """Read the first line of a journal alone; {} if the run was killed before it stood there."""
+    try:
+        if is_remote(path):
+            return dict(json.loads(read_bytes(f"{path}/{_HEADER_NAME}")))
+        with open(path, encoding="ascii") as file:
+            return dict(json.loads(file.readline()))
+    except (ValueError, CheckpointError):
+        return {}
 
 
 def _read_objects(folder: str) -> tuple[dict[str, Any], list[TaskReport]]:

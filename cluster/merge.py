@@ -117,8 +117,11 @@ def merge(
 def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
     """Carry a run out while its folder is locked; returns the folders of the outputs."""
     folder, options = run.folder, run.options
+    names, is_campaign = [recipe.name for recipe in recipes], len(recipes) > 1
     with folder.locked():
-        folder.check_free(overwrite=options.overwrite, resume=options.resume)
+        folder.check_free(
+            overwrite=options.overwrite, resume=options.resume, names=names, is_campaign=is_campaign
+        )
         if not options.resume:
             folder.clear()
         try:
@@ -133,7 +136,7 @@ def _run_to_commit(run: _Run, recipes: Sequence[Recipe]) -> list[str]:
         for name in run.failures.errors:
             folder.discard(name)
         merged = [recipe.name for recipe in run.failures.left(recipes)]
-        outputs = folder.commit(merged, is_campaign=len(recipes) > 1)
+        outputs = folder.commit(merged, is_campaign=is_campaign)
         folder.remove()
     return outputs
 
@@ -324,7 +327,12 @@ class _Run:
         self.folder.check_space(wave.plan.write_bytes)
         for recipe in wave.plan.recipes:
             self.folder.preallocate(recipe.folder, recipe.layout)
-        header = {"num_tasks": len(wave.plan.tasks), "overwrite": self.options.overwrite, "made_by": made_by}
+        header = {
+            "num_tasks": len(wave.plan.tasks),
+            "overwrite": self.options.overwrite,
+            "made_by": made_by,
+            "outputs": [recipe.recipe.name for recipe in wave.plan.recipes],
+        }
         return Journal.create(path, wave.fingerprint, header)
 
     def _write_metadata(self, wave: PlannedWave) -> None:

@@ -9,13 +9,15 @@ Journal and lock are small objects under ".NAME.raymerge" beside OUT, so that `-
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder
+from raymerge.cluster.journal import read_journal_header
+from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder, check_own
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError, RaymergeError, RecipeError
@@ -46,6 +48,7 @@ class RemoteRunFolder:
         self._lock = StoreLock(self.path, self.out)
         self._local = ""
         self._prepared: list[str] = []
+        self._begun: set[str] = set()
         self._finished: set[str] = set()
 
     @property
@@ -82,12 +85,22 @@ class RemoteRunFolder:
             self._local = local
             yield
 
-    def check_free(self, *, overwrite: bool, resume: bool) -> None:
+    def check_free(self, *, overwrite: bool, resume: bool, names: Sequence[str], is_campaign: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
+
+        Args:
+            overwrite: replace what raymerge wrote.
+            resume: go on with an unfinished run.
+            names: of the recipes.
+            is_campaign: has each a folder of its own name in OUT?
 
         Raises:
             OutputError: with the way out.
         """
+        assert is_campaign == self._is_campaign
+        self._begun |= self._begun_earlier()
+        for folder in {self.output(name) for name in names} - self._begun:
+            check_own(folder, [entry.name for entry in entries(folder)])
         if self.has_journal(self.journal_path):
             if not (resume or overwrite):
                 raise OutputError(
@@ -98,6 +111,14 @@ class RemoteRunFolder:
                 return
         if not overwrite and entries(self.out):
             raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
+
+    def _begun_earlier(self) -> set[str]:
+        """Return the folders that an unfinished run has begun: they hold weights and no manifest yet."""
+        paths = (self.journal_path + (f".{wave}" if wave else "") for wave in itertools.count())
+        journals = itertools.takewhile(self.has_journal, paths)
+        return {
+            self.output(name) for path in journals for name in read_journal_header(path).get("outputs", ())
+        }
 
     def clear(self) -> None:
         """Remove an earlier run's journal, and what this run has written of its outputs."""
@@ -116,9 +137,11 @@ class RemoteRunFolder:
             self.clear()
 
     def discard(self, name: str) -> None:
-        """Remove what there is of a recipe's output, if the store lets us: it is no checkpoint anyway."""
-        with contextlib.suppress(RaymergeError):
-            delete_folder(self.output(name))
+        """Remove what a run has written of a recipe's output, if the store lets us; an earlier output stays."""
+        folder = self.output(name)
+        if folder in self._begun:
+            with contextlib.suppress(RaymergeError):
+                delete_folder(folder)
 
     def check_space(self, num_bytes: int) -> None:
         """Check nothing: a store has no end, and a node looks at its disk when it begins a file."""
@@ -130,6 +153,7 @@ class RemoteRunFolder:
         if entries(folder):
             delete_folder(folder)
         self._prepared.append(folder)
+        self._begun.add(folder)
 
     def finish(self, name: str, layout: Layout) -> None:
         """Upload everything but the weights, what makes it a checkpoint last.

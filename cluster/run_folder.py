@@ -3,6 +3,7 @@
 Everything is written under ".NAME.raymerge" next to OUT, on the same file system. Weights go
 into preallocated files there; the index and the rename come last. Whatever happens before the
 rename leaves a previous OUT as it was, and a folder that cannot be mistaken for a checkpoint.
+What raymerge did not write it never replaces, whatever it is told.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from raymerge.cluster.journal import read_journal
+from raymerge.cluster.journal import read_journal_header
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
+from raymerge.stats.statistics_file import MANIFEST
 
 JOURNAL_NAME = "journal.jsonl"
 MANIFEST_NAME = "raymerge_manifest.json"
@@ -98,15 +100,22 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
-    def check_free(self, *, overwrite: bool, resume: bool) -> None:
+    def check_free(self, *, overwrite: bool, resume: bool, names: Sequence[str], is_campaign: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
+
+        Args:
+            overwrite: replace what raymerge wrote.
+            resume: go on with an unfinished run.
+            names: of the recipes.
+            is_campaign: has each a folder of its own name in OUT?
 
         Raises:
             OutputError: with the way out.
         """
+        for final in self._moves(names, is_campaign=is_campaign):
+            refuse_foreign(final)
         if os.path.lexists(self.out) and not overwrite:
-            is_empty = os.path.isdir(self.out) and not os.listdir(self.out)
-            if not is_empty and not (resume and self._began_with_overwrite()):
+            if not _is_empty(self.out) and not (resume and self._began_with_overwrite()):
                 raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
         if os.path.exists(self.journal_path) and not (resume or overwrite):
             raise OutputError(
@@ -116,7 +125,9 @@ class RunFolder:
 
     def _began_with_overwrite(self) -> bool:
         """Return whether the unfinished run was told to replace OUT."""
-        return os.path.exists(self.journal_path) and bool(read_journal(self.journal_path)[0].get("overwrite"))
+        return os.path.exists(self.journal_path) and bool(
+            read_journal_header(self.journal_path).get("overwrite")
+        )
 
     def clear(self) -> None:
         """Remove an earlier run's journal and outputs; the lock stays."""
@@ -173,24 +184,61 @@ class RunFolder:
         """Move finished outputs to their final place; return the final folders.
 
         A single rename, but for a campaign into an OUT that holds something: that stays beside it.
+
+        Raises:
+            OutputError: something else took the place meanwhile, or it cannot be written.
         """
-        if not is_campaign:
-            moves = {self.output(names[0]): self.out}
-        elif not os.path.isdir(self.out) or not os.listdir(self.out):
-            moves = {os.path.join(self.path, "out"): self.out}
-        else:
-            moves = {self.output(name): os.path.join(self.out, name) for name in names}
+        moves = self._moves(names, is_campaign=is_campaign)
+        for final in moves:
+            refuse_foreign(final)
         try:
-            for source, final in moves.items():
+            for final, source in moves.items():
                 aside = os.path.join(self.path, f"replaced-{os.path.basename(final)}")
                 _replace_folder(source, final, aside=aside)
         except OSError as error:
             raise write_error(self.out, error) from error
         return [os.path.join(self.out, name) for name in names] if is_campaign else [self.out]
 
+    def _moves(self, names: Sequence[str], *, is_campaign: bool) -> dict[str, str]:
+        """Return the folders that a commit makes or replaces, and what is moved there."""
+        if not is_campaign:
+            return {self.out: self.output(names[0])}
+        if not os.path.isdir(self.out) or _is_empty(self.out):
+            return {self.out: os.path.join(self.path, "out")}
+        return {os.path.join(self.out, name): self.output(name) for name in names}
+
     def remove(self) -> None:
         """Remove the run folder after a commit."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def refuse_foreign(folder: str) -> None:
+    """Refuse to put an output where something lies that raymerge did not write.
+
+    Raises:
+        OutputError: with the way out.
+    """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is a file; choose another folder, or delete it yourself")
+    check_own(folder, os.listdir(folder) if os.path.isdir(folder) else ())
+
+
+def check_own(folder: str, names: Collection[str]) -> None:
+    """Refuse a folder, local or in a store, that holds something but no manifest of raymerge's.
+
+    Args:
+        folder: to name it.
+        names: of what is in it.
+
+    Raises:
+        OutputError: with the way out.
+    """
+    if names and not {MANIFEST_NAME, MANIFEST} & set(names):
+        some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        raise OutputError(
+            f"{folder} holds {some} and no manifest of raymerge: what raymerge did not write it does not replace; "
+            "choose another folder, or delete it yourself"
+        )
 
 
 def write_index(folder: str, layout: Layout) -> None:
@@ -215,10 +263,13 @@ def sync_folder(folder: str) -> None:
 
 
 def _replace_folder(source: str, final: str, *, aside: str) -> None:
-    is_empty = os.path.isdir(final) and not os.listdir(final)
-    if os.path.lexists(final) and not is_empty:
+    if os.path.lexists(final) and not _is_empty(final):
         os.rename(final, aside)
     os.rename(source, final)
+
+
+def _is_empty(folder: str) -> bool:
+    return os.path.isdir(folder) and not os.listdir(folder)
 
 
 def _owner(descriptor: int) -> str:

@@ -13,7 +13,7 @@ from raymerge.cluster.connect import Placement, connected_for_statistics
 from raymerge.cluster.model_ref import ModelRef, parse_model, place_of
 from raymerge.cluster.own_inputs import refuse_inputs_in_output
 from raymerge.cluster.remote_statistics import collect_into_store
-from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.run_folder import RunFolder, refuse_foreign
 from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsProgress
 from raymerge.cluster.statistics_run import OUTPUT, StatisticsRun, journal_path
 from raymerge.merge_actors.checkpoint.adapted import open_model
@@ -161,11 +161,13 @@ def _commit(run: StatisticsRun, folder: RunFolder) -> None:
 
 def _check_free(folder: RunFolder, options: StatisticsOptions) -> None:
     """Refuse an OUT that exists, and an unfinished run that nobody said what to do with."""
+    refuse_foreign(folder.out)
     is_unfinished = os.path.exists(journal_path(folder))
     if is_unfinished and not (options.resume or options.overwrite):
         raise OutputError(
             f"an unfinished run for {folder.out} lies in {folder.path}; go on with --resume, or start anew with "
             "--overwrite."
         )
-    if os.path.lexists(folder.out) and not options.overwrite and not (is_unfinished and options.resume):
+    exists = os.path.isdir(folder.out) and os.listdir(folder.out)
+    if exists and not options.overwrite and not (is_unfinished and options.resume):
         raise OutputError(f"{folder.out} exists; choose another folder or replace it with --overwrite.")

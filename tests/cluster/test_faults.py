@@ -304,11 +304,61 @@ def test_existing_out_is_refused_and_untouched(tmp_path: Path, models: list[str]
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    said = refusal(tmp_path, recipe_of(models))
-    assert said == "TMP/out exists; choose another folder or replace it with --overwrite"
+    for flags in ((), ("--overwrite",)):
+        assert refusal(tmp_path, recipe_of(models), *flags) == (
+            "TMP/out holds precious.txt and no manifest of raymerge: what raymerge did not write it does not replace; "
+            "choose another folder, or delete it yourself"
+        )
     assert (out / "precious.txt").read_text() == "mine"
+    (out / "precious.txt").rename(tmp_path / "in" / "file")
+    run(recipe_of(models), out)  # empty
+    (out / "more.txt").write_text("beside")
+    assert refusal(tmp_path, recipe_of(models)) == (
+        "TMP/out exists; choose another folder or replace it with --overwrite"
+    )
     run(recipe_of(models), out, overwrite=True)
-    assert not (out / "precious.txt").exists() and (out / "model.safetensors").exists()
+    assert not (out / "more.txt").exists() and (out / "model.safetensors").exists()
+    with pytest.raises(OutputError, match="in/file is a file; choose another folder, or delete it yourself"):
+        run(recipe_of(models), tmp_path / "in" / "file", overwrite=True)
+
+
+def test_campaign_replaces_only_its_own_folders_in_out(tmp_path: Path, models: list[str]) -> None:
+    recipes = [{**recipe_of(models, "linear"), "name": name} for name in ("a", "b")]
+    options = MergeOptions(in_process=True, workers=1, overwrite=True)
+    out = tmp_path / "out"
+    (out / "notes").mkdir(parents=True)
+    (out / "b").mkdir()
+    (out / "b" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"out/b holds thesis\.tex and no manifest of raymerge"):
+        merge(recipes, out, options)
+    assert sorted(os.listdir(out)) == ["b", "notes"] and os.listdir(tmp_path / "out" / "b") == ["thesis.tex"]
+    (out / "b" / "thesis.tex").unlink()
+    for _ in range(2):
+        merge(recipes, out, options)
+    assert sorted(os.listdir(out)) == ["a", "b", "notes"]
+    with pytest.raises(OutputError, match=r"out holds a, b, notes and no manifest of raymerge"):
+        merge(recipes[:1], out, options)  # one merge is OUT itself, and would replace all of it
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=r"file is a file; choose another folder"):
+        merge(recipes, tmp_path / "file", options)
+
+
+def test_what_took_the_place_of_out_during_a_run_stays(
+    tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def occupy(*args: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious.txt").write_text("mine")
+
+    monkeypatch.setattr(merge_module, "write_index", occupy)
+    with pytest.raises(OutputError, match=r"out holds precious\.txt and no manifest of raymerge"):
+        run(recipe_of(models), out)
+    assert (out / "precious.txt").read_text() == "mine"
+    monkeypatch.undo()
+    shutil.rmtree(out)
+    assert run(recipe_of(models), out, resume=True).num_resumed > 0
 
 
 def test_previous_output_survives_a_failed_overwrite(tmp_path: Path, models: list[str]) -> None:
@@ -334,6 +384,8 @@ def test_out_that_cannot_be_written(tmp_path: Path, models: list[str]) -> None:
 def test_an_output_does_not_take_the_place_of_its_inputs(tmp_path: Path, models: list[str]) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "in")
+    for folder in (tmp_path / "in", Path(models[1])):
+        (folder / "raymerge_manifest.json").write_text("{}")  # else refused for being no output of ours
     for out in (Path(models[1]), tmp_path / "in", link):
         with pytest.raises(OutputError, match="which is read, lies there"):
             run(recipe_of(models), out, overwrite=True)
@@ -614,7 +666,7 @@ def test_resuming_never_replaces_an_out_that_came_up_meanwhile(
         run(str(many_tasks[0]), tmp_path / "out", slice_mib=1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="exists; choose another folder"):
+    with pytest.raises(OutputError, match=r"holds mine\.txt and no manifest of raymerge"):
         run(str(many_tasks[0]), tmp_path / "out", slice_mib=1, resume=True)
 
 

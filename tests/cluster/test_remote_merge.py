@@ -187,6 +187,8 @@ def test_adapter_and_statistics_in_a_store(
     statistics = f"s3://{BUCKET}/kinds/grams"
     result = collect_statistics(model, statistics, options)
     assert result.out == statistics
+    with pytest.raises(OutputError, match=r"holds config\.json, .* and no manifest of raymerge"):
+        collect_statistics(str(base), model, options)
     with pytest.raises(OutputError, match="exists; choose another folder or replace it with --overwrite"):
         collect_statistics(model, statistics, options)
     collect_statistics(str(base), tmp_path / "grams", options)

@@ -133,6 +133,14 @@ def test_an_existing_out_is_refused_or_replaced_whole(
 ) -> None:
     object_store.put_bytes(f"{key_of(out)}/config.json", b"{}")
     object_store.put_bytes(f"{key_of(out)}/old/part.bin", b"old")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"holds config\.json, old and no manifest of raymerge"):
+            run(recipe, out, overwrite=overwrite)
+    with pytest.raises(OutputError, match=r"b holds x and no manifest of raymerge"):
+        object_store.put_bytes(f"{key_of(out)}-more/b/x", b"mine")
+        run([{**recipe, "name": "a"}, {**recipe, "name": "b"}], f"{out}-more", overwrite=True)
+    assert object_store.keys(f"{key_of(out)}-more/") == [f"{key_of(out)}-more/b/x"]
+    object_store.put_bytes(f"{key_of(out)}/raymerge_manifest.json", b"{}")
     with pytest.raises(OutputError, match="exists; choose another folder or replace it with --overwrite"):
         run(recipe, out)
     run(recipe, out, overwrite=True)

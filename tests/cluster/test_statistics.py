@@ -216,6 +216,8 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(
         _collect(model, tmp_path / "out", texts, overwrite=True, text_column="words")
     _assert_same_bits(_values(tmp_path / "out"), before)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(OutputError, match=r"holds \S+ and no manifest of raymerge"):
+        _collect(model, texts.parent, texts, overwrite=True)
     _collect(model, tmp_path / "out", texts, overwrite=True)
     assert open_statistics(tmp_path / "out").manifest["num_examples"] == 40
 
