@@ -24,7 +24,10 @@ from raymerge.stats.statistics_file import MANIFEST
 
 JOURNAL_NAME = "journal.jsonl"
 MANIFEST_NAME = "raymerge_manifest.json"
+STATISTICS_JOURNAL_NAME = "statistics.json"
 LOCK_NAME = "lock"
+#: For so long a run asks again for a lock that is taken: `raymerge status` takes it for a moment to see whether it is.
+_LOCK_SECONDS = 0.5
 
 
 class RunFolder:
@@ -73,7 +76,7 @@ class RunFolder:
             raise OutputError(f"cannot write next to {self.out}: {error.strerror}") from error
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
                 if not self._is_lock(descriptor):  # its owner removed it when it was done, just now
                     raise BlockingIOError
             except BlockingIOError:
@@ -270,6 +273,23 @@ def _replace_folder(source: str, final: str, *, aside: str) -> None:
 
 def _is_empty(folder: str) -> bool:
     return os.path.isdir(folder) and not os.listdir(folder)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file for this process alone.
+
+    Raises:
+        BlockingIOError: another holds it, and not just for a moment.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _owner(descriptor: int) -> str:

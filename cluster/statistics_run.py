@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge.cluster.activation_group import ActivationGroup, WorkersLost
-from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.run_folder import STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.statistics_entries import (
     combine,
     expected_tensors,
@@ -41,7 +41,7 @@ OUTPUT = "statistics"
 
 def journal_path(folder: RunFolder) -> str:
     """Return where a run notes what it has finished."""
-    return os.path.join(folder.path, "statistics.json")
+    return os.path.join(folder.path, STATISTICS_JOURNAL_NAME)
 
 
 @dataclass(slots=True)

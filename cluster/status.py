@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymerge.cluster.journal import read_journal
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
-from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, RunFolder
+from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
 from raymerge.merge_actors.storage.uris import is_remote
+from raymerge.stats.statistics_file import MANIFEST
 
-State = Literal["running", "unfinished", "finished"]
+#: What makes a folder an output: of a merge, of a measurement.
+_MANIFESTS = (MANIFEST_NAME, MANIFEST)
+
+State = Literal["running", "unfinished", "finished", "outputs below"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +33,10 @@ class RunStatus:
 
     out: str
     state: State
-    """An unfinished run has no driver: it was killed, or failed, and goes on with --resume."""
+    """An unfinished run has no driver: it was killed, or failed, and goes on with --resume. Of a folder that is no
+    output itself, but holds some, nothing is known but that these are finished: a campaign, or several runs."""
     num_done: int
-    """Finished tasks of the waves that have begun."""
+    """Finished tasks of the waves that have begun; of a measurement, layer groups."""
     num_tasks: int
     read_bytes: int
     write_bytes: int
@@ -40,10 +46,12 @@ class RunStatus:
     """When the journal was written last, in seconds since 1970."""
     owner: str | None
     """Who runs it: process, host and since when."""
+    outputs: tuple[str, ...] = ()
+    """Names of the finished outputs below, if OUT is none itself."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
     def text(self, now: float | None = None) -> str:
         """Return it in words.
@@ -53,10 +61,18 @@ class RunStatus:
         """
         if self.state == "finished":
             return f"{self.out}: finished"
+        if self.state == "outputs below":
+            return (
+                f"{self.out}: no output itself and no run for it; finished below: {', '.join(self.outputs)}"
+            )
         now = time.time() if now is None else now
-        moved = self.read_bytes + self.write_bytes
-        parts = [f"{self.out}: {self.state}, {self.num_done:,} of {self.num_tasks:,} tasks"]
-        parts.append(f"{moved / 1e9:.1f} GB moved")
+        parts = [f"{self.out}: {self.state}"]
+        if self.num_tasks:
+            parts.append(f"{self.num_done:,} of {self.num_tasks:,} tasks")
+        else:
+            parts.append("no task finished yet")
+        if moved := self.read_bytes + self.write_bytes:
+            parts.append(f"{moved / 1e9:.1f} GB moved")
         if self.last_progress is not None:
             parts.append(f"last task {max(0.0, now - self.last_progress):.0f} s ago")
         parts.append(self.owner if self.owner and self.state == "running" else "go on with --resume")
@@ -67,10 +83,10 @@ def run_status(out: str | os.PathLike[str]) -> RunStatus:
     """Return where the run for OUT stands.
 
     Args:
-        out: the output folder of a merge, local or in an object store.
+        out: the output folder of a merge or a measurement, local or in an object store.
 
     Raises:
-        OutputError: there is neither an output nor a run for it.
+        OutputError: there is neither an output, in OUT or right below it, nor a run for it.
     """
     place = os.fspath(out)
     folder = RemoteRunFolder(place, is_campaign=False) if is_remote(place) else RunFolder(place)
@@ -88,11 +104,14 @@ def run_status(out: str | os.PathLike[str]) -> RunStatus:
             moved[1] + sum(r.write_bytes for r in reports),
         ]
         last = _modified(path)
-    if not headers and not is_alive:
-        if not _is_output(folder.out):
-            raise OutputError(f"{folder.out} is no output of raymerge, and no run for it is under way")
-        return _status(folder.out, "finished", [], 0, (0, 0), None, None)
-    state: State = "running" if is_alive else "unfinished"
+    measured = None if is_remote(place) else _measured(folder.path)
+    if not headers and not is_alive and measured is None:
+        outputs = _outputs(folder.out)
+        state: State = "finished" if not outputs else "outputs below"
+        return dataclasses.replace(_status(folder.out, state, [], 0, (0, 0), None, None), outputs=outputs)
+    state = "running" if is_alive else "unfinished"
+    if measured is not None:
+        headers, num_done, last = measured
     return _status(folder.out, state, headers, num_done, (moved[0], moved[1]), last, owner)
 
 
@@ -118,16 +137,36 @@ def _status(
     )
 
 
-def _is_output(out: str) -> bool:
-    """Return whether a folder is an output, or holds those of a campaign."""
-    if exists(f"{out}/{MANIFEST_NAME}"):
-        return True
-    inside = (
-        [entry.name for entry in entries(out) if entry.is_folder]
-        if is_remote(out) or os.path.isdir(out)
-        else []
-    )
-    return any(exists(f"{out}/{name}/{MANIFEST_NAME}") for name in inside)
+def _outputs(out: str) -> tuple[str, ...]:
+    """Return the names of the outputs right below a folder; none if it is an output itself.
+
+    Raises:
+        OutputError: it is none, and there are none.
+    """
+    if not is_remote(out) and not os.path.lexists(out):
+        raise OutputError(f"{out} does not exist, and no run for it is under way")
+    listed = entries(out)
+    if any(entry.name in _MANIFESTS for entry in listed):
+        return ()
+    names = [entry.name for entry in listed if entry.is_folder]
+    found = [name for name in names if any(exists(f"{out}/{name}/{each}") for each in _MANIFESTS)]
+    if not found:
+        raise OutputError(
+            f"{out} is no output of raymerge and holds none, and no run for it is under way; name the OUT of a merge "
+            "or of statistics"
+        )
+    return tuple(found)
+
+
+def _measured(folder: str) -> tuple[list[dict[str, Any]], int, float | None] | None:
+    """Return what the journal of a measurement says, as that of a merge; None if there is none."""
+    path = os.path.join(folder, STATISTICS_JOURNAL_NAME)
+    try:
+        with open(path, encoding="utf-8") as file:
+            journal = json.load(file)
+        return [{"num_tasks": len(journal["groups_end"])}], len(journal["groups"]), _modified(path)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _local_owner(folder: str) -> tuple[str | None, bool]:

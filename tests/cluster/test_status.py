@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
 
 import pytest
 from click.testing import CliRunner
@@ -10,7 +13,7 @@ from click.testing import CliRunner
 import raymerge
 from raymerge.cli.main import main
 from raymerge.cluster.journal import Journal
-from raymerge.cluster.run_folder import RunFolder
+from raymerge.cluster.run_folder import LOCK_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.status import run_status
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.task import TaskReport
@@ -56,11 +59,47 @@ def test_a_finished_output_and_none(tiny_checkpoints, tmp_path):
     entries = [{"model": str(model), "parameters": {"weight": 1}} for model in family.models[:2]]
     recipes = [{"name": name, "merge_method": "linear", "models": entries} for name in ("a", "b")]
     raymerge.merge(recipes, tmp_path / "both", in_process=True)
-    assert run_status(tmp_path / "both").state == "finished"
+    below = run_status(tmp_path / "both")
+    assert (below.state, below.outputs) == ("outputs below", ("a", "b"))
     assert run_status(tmp_path / "both" / "a").state == "finished"
-    shown = CliRunner().invoke(main, ["status", str(tmp_path / "both"), "--watch"])
-    assert (shown.exit_code, shown.output) == (0, f"{tmp_path / 'both'}: finished\n")
+    shown = CliRunner().invoke(main, ["status", str(tmp_path / "both" / "b"), "--watch"])
+    assert (shown.exit_code, shown.output) == (0, f"{tmp_path / 'both' / 'b'}: finished\n")
+    (tmp_path / "both" / "mine.txt").write_text("a folder that holds outputs may hold anything")
+    shown = CliRunner().invoke(main, ["status", str(tmp_path / "both")])
+    assert (shown.exit_code, shown.output) == (
+        0,
+        f"{tmp_path / 'both'}: no output itself and no run for it; finished below: a, b\n",
+    )
     (tmp_path / "other").mkdir()
-    for name in ("other", "absent"):
-        with pytest.raises(OutputError, match="no output of raymerge, and no run for it"):
-            run_status(tmp_path / name)
+    with pytest.raises(
+        OutputError, match="other is no output of raymerge and holds none, and no run for it is"
+    ):
+        run_status(tmp_path / "other")
+    with pytest.raises(OutputError, match="absent does not exist, and no run for it is under way"):
+        run_status(tmp_path / "absent")
+
+
+def test_a_measurement_is_a_run_too(tmp_path):
+    folder = RunFolder(str(tmp_path / "grams"))
+    with folder.locked():
+        assert "running, no task finished yet, process " in run_status(tmp_path / "grams").text()
+        path = os.path.join(folder.path, STATISTICS_JOURNAL_NAME)
+        with open(path, "w") as file:
+            json.dump({"groups_end": [2, 4, 6], "groups": [{}]}, file)
+    left = run_status(tmp_path / "grams")
+    assert (left.state, left.num_done, left.num_tasks) == ("unfinished", 1, 3)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "raymerge_statistics.json").write_text("{}")
+    assert run_status(tmp_path / "done").state == "finished"
+
+
+def test_a_run_that_starts_while_status_looks_is_not_refused(tmp_path):
+    """`status` holds a shared lock for a moment; a run asks again for longer than that."""
+    folder = RunFolder(str(tmp_path / "out"))
+    os.makedirs(folder.path)
+    lock = os.path.join(folder.path, LOCK_NAME)
+    with open(lock, "w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with folder.locked():
+            assert run_status(tmp_path / "out").state == "running"
