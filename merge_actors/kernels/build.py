@@ -2,8 +2,9 @@
 
 The source is a few hundred lines of C without dependencies; any C compiler builds it in about a
 second, for exactly this processor. The library lies in a cache folder of the user's own under a
-name that tells source, flags, compiler and processor apart. Where there is no compiler the
-eager formulas do the same work, more slowly. `RAYMERGE_KERNELS=off` asks for that.
+name that tells source, flags, compiler, C library and processor apart, and ends in a checksum: one that is torn or
+does not load is compiled anew. Where there is no compiler the eager formulas do the same work, more slowly.
+`RAYMERGE_KERNELS=off` asks for that.
 """
 
 from __future__ import annotations
@@ -57,13 +58,16 @@ def _load() -> Kernels:
     if compiler is None:
         return Kernels(None, _remark("there is no C compiler"))
     source = resources.files(__package__).joinpath("kernels.c").read_bytes()
-    try:
-        library = ctypes.CDLL(_compiled(source, compiler))
-        library.raymerge_prepare()
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return Kernels(None, _remark(f"{compiler} did not compile the kernels ({_first_line(error)})"))
-    library.raymerge_sample.restype = ctypes.c_int64
-    return Kernels(library)
+    reasons = []
+    for folder in _cache_folders():
+        try:
+            _make_private(folder)
+            return Kernels(_library(folder, source, compiler))
+        except subprocess.SubprocessError as error:
+            reasons.append(f"{compiler} did not compile the kernels ({_first_line(error)})")
+        except (OSError, AttributeError) as error:
+            reasons.append(f"compiled kernels cannot be kept in {folder} ({_first_line(error)})")
+    return Kernels(None, _remark(reasons[0]))
 
 
 def _names() -> tuple[str, ...]:
@@ -84,13 +88,37 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
 
 
-def _compiled(source: bytes, compiler: str) -> str:
-    """Return the path of the library, compiled if it is not in the cache."""
-    folder = _private_folder()
-    target = os.path.join(folder, f"kernels-{_key(source, compiler)}.so")
-    if os.path.exists(target):
-        _require_own(target)
-        return target
+def _library(folder: str, source: bytes, compiler: str) -> ctypes.CDLL:
+    """Return the library that a folder keeps, compiled if there is none, or none that can be used."""
+    name = f"kernels-{_key(source, compiler)}-"
+    for kept in sorted(each for each in os.listdir(folder) if each.startswith(name)):
+        path = os.path.join(folder, kept)
+        with contextlib.suppress(OSError, AttributeError):
+            if _is_whole(path):
+                return _opened(path)
+    return _opened(_compile(folder, name, source, compiler))
+
+
+def _opened(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    library.raymerge_prepare()
+    library.raymerge_sample.restype = ctypes.c_int64
+    return library
+
+
+def _is_whole(path: str) -> bool:
+    """Return whether a library is the user's own and as it was written: a torn one could end the process by SIGBUS."""
+    _require_own(path)
+    with open(path, "rb") as stream:
+        return path.endswith(_ending(stream.read()))
+
+
+def _ending(library: bytes) -> str:
+    return f"-{xxhash.xxh3_64_hexdigest(library)}.so"
+
+
+def _compile(folder: str, name: str, source: bytes, compiler: str) -> str:
+    """Compile the library into a folder under a name that its checksum completes; return its path."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         path, made = os.path.join(work, "kernels.c"), os.path.join(work, "kernels.so")
         with open(path, "wb") as stream:
@@ -103,8 +131,10 @@ def _compiled(source: bytes, compiler: str) -> str:
             timeout=_COMPILE_SECONDS,
             stdin=subprocess.DEVNULL,
         )
-        with open(made, "rb+") as library:
-            os.fsync(library.fileno())  # a torn library would end every later process with SIGBUS
+        os.chmod(made, 0o700)  # the linker made it as writable as the umask lets it
+        with open(made, "rb") as library:
+            target = os.path.join(folder, name[:-1] + _ending(library.read()))
+            os.fsync(library.fileno())
         # Whoever renames last wins; all of them made the same library.
         os.rename(made, target)
     return target
@@ -114,11 +144,13 @@ def _key(source: bytes, compiler: str) -> str:
     """Tell apart what must not share a library: a home folder may serve unlike nodes."""
     here = os.path.realpath(compiler)
     status = os.stat(here)
-    parts = (source, _FLAGS, here, status.st_size, status.st_mtime_ns, _processor())
+    c_library = platform.libc_ver()
+    parts = (source, _FLAGS, here, status.st_size, status.st_mtime_ns, c_library, _processor())
     return xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
 
 def _processor() -> tuple[str, ...]:
+    """Return what -march=native looks at: model and instructions, FMA among them."""
     lines: list[str] = [platform.machine()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
         for line in stream:
@@ -129,21 +161,22 @@ def _processor() -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _private_folder() -> str:
-    """Return a folder that nobody else can write to: what lies in it will be run."""
+def _cache_folders() -> list[str]:
+    """Return where a library may be kept, the best first."""
     folders = [os.path.join(tempfile.gettempdir(), f"raymerge-kernels-{os.getuid()}")]
     if os.environ.get("RAYMERGE_CACHE") or os.environ.get("HOME"):
         folders.insert(0, os.path.join(cache_folder(), "kernels"))
-    for number, folder in enumerate(folders):
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            _require_own(folder)
-            if os.access(folder, os.W_OK):
-                return folder
-        except OSError:
-            if number == len(folders) - 1:
-                raise
-    raise PermissionError(f"{folders[-1]} cannot be written to")
+    return folders
+
+
+def _make_private(folder: str) -> None:
+    """Make a folder that nobody else can write to: what lies in it will be run.
+
+    Raises:
+        OSError: that cannot be.
+    """
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    _require_own(folder)
 
 
 def _require_own(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,60 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     before = made.stat().st_mtime_ns
     assert _in_a_fresh_process(code, RAYMERGE_CACHE=str(tmp_path)) == "True"
     assert [path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()] == [before]
+
+
+def test_a_library_that_cannot_be_used_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        b"#include <stdint.h>\nvoid raymerge_prepare(void) {}\nint64_t raymerge_sample(void) { return 7; }\n"
+    )
+    compiler = shutil.which("cc") or "gcc"
+    assert build._library(str(tmp_path), source, compiler).raymerge_sample() == 7
+    (made,) = tmp_path.iterdir()
+    whole = made.read_bytes()
+    stranger = made.with_name(made.name.rpartition("-")[0] + build._ending(b"MZ"))
+    damaged = ((made, b""), (made, whole[: len(whole) // 2]), (made, whole[:-1] + b"?"), (stranger, b"MZ"))
+    for path, data in damaged:  # the last is whole, but no library of this machine
+        made.unlink()
+        path.write_bytes(data)
+        path.chmod(0o700)
+        assert build._library(str(tmp_path), source, compiler).raymerge_sample() == 7
+        assert made.read_bytes() == whole
+    monkeypatch.setattr(build, "_compile", pytest.fail)  # what is whole is taken as it is
+    assert build._library(str(tmp_path), source, compiler).raymerge_sample() == 7
+
+
+def test_processes_that_compile_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Each starts compiling before any has finished; a umask that lets the group write spoils nothing."""
+    code = "import os; os.umask(0o002); " + _LOAD + "print(k.library is not None, k.remark)"
+    environment = {**os.environ, "RAYMERGE_CACHE": str(tmp_path)}
+    at_once = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, cwd="/")
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].decode().strip() for process in at_once] == ["True"] * 2
+    (made,) = (tmp_path / "kernels").iterdir()
+    before = made.stat().st_mtime_ns
+    assert _in_a_fresh_process(code, RAYMERGE_CACHE=str(tmp_path)) == "True"
+    assert made.stat().st_mtime_ns == before, "compiled once more"
+
+
+def test_where_the_cache_cannot_be_written_the_temporary_folder_serves(tmp_path: Path) -> None:
+    code = _LOAD + "print(k.library is not None, k.remark)"
+    (tmp_path / "file").touch()
+    nowhere = {"RAYMERGE_CACHE": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    assert _in_a_fresh_process(code, **nowhere) == "True"
+    assert list(tmp_path.glob("raymerge-kernels-*/kernels-*.so"))
+
+
+def test_processors_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = sys.executable  # any file
+    here = build._key(b"", compiler)
+    assert here == build._key(b"", compiler)
+    assert any(line.startswith(("flags", "Features")) for line in build._processor())
+    monkeypatch.setattr(build, "_processor", lambda: ("x86_64", "flags\t\t: fpu sse2"))
+    assert build._key(b"", compiler) != here
 
 
 def test_without_a_compiler_there_is_one_remark_and_off_is_silent(tmp_path: Path) -> None:
