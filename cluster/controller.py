@@ -265,12 +265,14 @@ class Controller:
             return
         self._load[event.worker] = self._load.get(event.worker, 1) - 1
         number = event.instruction.number
-        self._in_flight.end(number, event.worker)
-        if number in self._journal.done or number in self._answered:
-            return  # another worker was faster
+        is_known = number in self._journal.done or number in self._answered  # another worker was faster
         if isinstance(event, Failed):
-            self._drop(event)
-        else:
+            self._in_flight.lose(number, event.worker)  # not done: it is handed out again without what failed
+            if not is_known:
+                self._drop(event)
+            return
+        self._in_flight.end(number, event.worker)
+        if not is_known:
             self._finish(event)
 
     def _drop(self, failed: Failed) -> None:

@@ -36,7 +36,7 @@ class InFlight:
         self._patience[number] = patience
 
     def end(self, number: int, worker: int) -> None:
-        """Note that a worker has answered."""
+        """Note that a worker has done a task."""
         self._done.add(number)
         holders = self._began.get(number, {})
         if worker in holders:
@@ -45,7 +45,7 @@ class InFlight:
             self._began.pop(number, None)
 
     def lose(self, number: int, worker: int) -> bool:
-        """Note that a worker died with a task; return whether another worker still has it."""
+        """Note that a worker died with a task or failed at it; return whether another worker still has it."""
         holders = self._began.get(number, {})
         holders.pop(worker, None)
         if not holders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,7 @@ class SlowGroup(ScriptedGroup):
         ready = [at for at, entry in enumerate(self.in_flight) if entry[0] not in self.slow]
         if not ready:
             self.seconds += 1.0
+            assert self.seconds < 1000, "nobody takes a task over"
             return []
         self.in_flight.insert(0, self.in_flight.pop(ready[0]))
         return super().wait(timeout_seconds)
@@ -536,6 +538,39 @@ def test_what_is_overdue_depends_on_the_others_and_on_patience() -> None:
     now += 1000 * LEAST_SECONDS
     assert in_flight.overdue(1) == 5  # the other is older, and may take its time
     assert in_flight.overdue(0) is None
+
+
+def test_what_is_left_of_a_task_that_failed_is_taken_over_from_a_slow_worker(tmp_path: Path) -> None:
+    """Half of a task's recipes fail; the rest is handed out again, and its second worker hangs."""
+    plan = linear_plan(tmp_path, 1)
+    (task,) = plan.tasks
+    assert isinstance(task, MergeTask)
+    pieces = tuple(
+        dataclasses.replace(
+            piece, jobs=(*piece.jobs, *(dataclasses.replace(job, recipe=1) for job in piece.jobs))
+        )
+        for piece in task.pieces
+    )
+    task = dataclasses.replace(task, pieces=pieces)
+    plan = dataclasses.replace(plan, recipes=plan.recipes * 2, tasks=(task,))
+    error = NotFiniteError("bad")
+    error.recipe = 0
+    failures = iter([error])
+
+    def fate(task: Instruction, worker: int) -> Fate:
+        found = next(failures, None)
+        if found is not None:
+            group.slow.add(worker)  # the least busy worker gets what is left: this one
+        return found
+
+    group = SlowGroup(2, slow=set(), fate=fate)
+    in_flight = InFlight(clock=lambda: group.seconds)
+    in_flight.begin(-1, 7)
+    in_flight.end(-1, 7)  # something to compare with
+    journal = journal_of(tmp_path)
+    totals = Controller(plan, group, journal, in_flight=in_flight, may_drop=True).run()
+    assert [piece.recipe for piece in journal.done[0].pieces] == [1]
+    assert totals.num_speculated == 1 and group.abandoned == [0]
 
 
 def test_the_death_of_a_slow_worker_repeats_nothing_that_another_has_taken_over(tmp_path: Path) -> None:
