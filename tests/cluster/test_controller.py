@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
