@@ -27,8 +27,8 @@ def inspect_command(
     """Show what each MODEL holds, and compare the models with their base.
 
     MODEL is a folder or a Hub id, path[@revision]. With --base each model gets a verdict
-    (identical, SFT-sized deltas, continued pretraining, different backbone) and the figures it
-    rests on; without it, models are compared with each other.
+    (identical, SFT-sized deltas, continued pretraining, different backbone, different
+    architecture) and the figures it rests on; without it, models are compared with each other.
     """
     from raymerge.cluster.inspect import inspect
     from raymerge.cluster.inspect_text import inspection_text

@@ -59,7 +59,7 @@ class Comparison:
     base: str
     model: str
     verdict: str
-    """identical, SFT-sized deltas, continued pretraining, or different backbone."""
+    """identical, SFT-sized deltas, continued pretraining, different backbone, or different architecture."""
     reason: str
     """The figures and limits that the verdict rests on."""
     differences: tuple[Difference, ...]
@@ -313,11 +313,14 @@ def _judge(first: str, one: Checkpoint, figures: DeltaFigures) -> Judgement:
     floats = [info for info in one.tensors.values() if is_float(info.dtype)]
     total = sum(info.num_elements for info in floats)
     shared = sum(info.num_elements for info in floats if info.name in common)
-    if shared < _COMPARABLE_FRACTION * total or not figures.overall.num_elements:
+    if shared < _COMPARABLE_FRACTION * total or not total:
         share = shared / total if total else 0.0
         reason = (
             f"only {share:.0%} of the parameters of {first} have a counterpart of the same name and shape"
         )
+        return Judgement("different architecture", reason, math.nan, math.nan, math.nan)
+    if not figures.overall.num_elements:
+        reason = "all elements are NaN or infinite in one of the two"
         return Judgement("different backbone", reason, math.nan, math.nan, math.nan)
     if figures.matrices.num_elements:
         return judge(figures.matrix_rows, figures.matrices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from raymerge.cluster.inspect import Comparison, Inspection
@@ -48,14 +49,16 @@ def _lines(found: Inspection, num_tensors: int) -> Iterator[str]:
         yield ""
         rows = [["task vectors", "cosine", "both moved", "sign conflicts"]]
         for pair in found.pairs:
-            rows.append(
+            figures = (
                 [
-                    f"{pair.first} and {pair.second}",
-                    f"{pair.cosine:.3f}",
-                    f"{pair.both_moved_fraction:.1%}",
-                    f"{pair.conflict_fraction:.1%}",
+                    _figure(pair.cosine, ".3f"),
+                    _figure(pair.both_moved_fraction, ".1%"),
+                    _figure(pair.conflict_fraction, ".1%"),
                 ]
+                if not math.isnan(pair.both_moved_fraction)
+                else ["nothing in common"]
             )
+            rows.append([f"{pair.first} and {pair.second}", *figures])
         yield from _table(rows)
 
 
@@ -74,6 +77,9 @@ def _delta_table(comparisons: Sequence[Comparison]) -> Iterator[str]:
     ]
     rows = [heads]
     for each in comparisons:
+        if not each.num_elements:
+            rows.append([f"{each.model} - {each.base}", each.verdict])
+            continue
         figures = [*each.quantiles, each.max_magnitude, each.norm, each.relative_norm]
         name = f"{each.model} - {each.base}"
         rows.append(
@@ -90,10 +96,18 @@ def _largest(comparison: Comparison, count: int) -> Iterator[str]:
         )
 
 
+def _figure(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Lay out rows, the first of which names the columns; a row of two cells says something instead of figures."""
+    widths = [
+        max(len(row[column]) for row in rows if column == 0 or len(row) == len(rows[0]))
+        for column in range(len(rows[0]))
+    ]
     for row in rows:
-        first = row[0].ljust(widths[0])
-        yield "  ".join(
-            [first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
+        cells = row[1:]
+        if len(row) == len(rows[0]):
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *cells])

@@ -20,7 +20,9 @@ from typing import Literal
 
 from raymerge.stats.delta import DeltaStatistics
 
-Verdict = Literal["identical", "SFT-sized deltas", "continued pretraining", "different backbone"]
+Verdict = Literal[
+    "identical", "SFT-sized deltas", "continued pretraining", "different backbone", "different architecture"
+]
 
 #: The share of |delta| that has to be within the limit: the tails of SFT deltas reach further.
 SFT_QUANTILE = 0.9

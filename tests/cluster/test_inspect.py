@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from raymerge.cli.main import main
 from raymerge.cluster.compare import read_vocabulary
 from raymerge.cluster.inspect import Inspection, inspect, quick_check, sampled_remarks
+from raymerge.cluster.inspect_text import inspection_text
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.measure import measure, select_tensors, spread_strips
 from raymerge.cluster.recipe import load_recipes
@@ -255,15 +256,26 @@ def test_unigram_tokenizers_list_their_tokens(tmp_path: Path) -> None:
         read_vocabulary(str(tmp_path))
 
 
-def test_another_architecture_is_another_backbone(tiny_checkpoints: Callable[..., Any]) -> None:
+def test_another_architecture_is_named_and_has_no_figures(tiny_checkpoints: Callable[..., Any]) -> None:
     base, other = tiny_checkpoints("llama").base, tiny_checkpoints("gpt2").base
     (comparison,) = inspect([str(other)], str(base)).comparisons
-    assert comparison.verdict == "different backbone"
+    assert comparison.verdict == "different architecture"
     assert (
         comparison.reason
         == f"only 0% of the parameters of {base} have a counterpart of the same name and shape"
     )
     assert math.isnan(comparison.matrix_cosine)
+    models = [str(other), str(tiny_checkpoints("llama").models[0])]
+    lines = inspection_text(inspect(models, str(base))).splitlines()
+    assert f"{other} - {base}" in "".join(lines) and not any(" nan" in line for line in lines)
+    assert any(line.split() == [str(other), "-", str(base), "different", "architecture"] for line in lines)
+    assert lines[-1].endswith("  nothing in common")
+
+
+def test_a_model_that_did_not_move_has_no_cosine(base: Path, tiny_checkpoints: Callable[..., Any]) -> None:
+    llama = tiny_checkpoints("llama")
+    lines = inspection_text(inspect([str(llama.models[0]), str(llama.base)], str(llama.base))).splitlines()
+    assert lines[-1].split()[-3:] == ["-", "0.0%", "-"]
 
 
 def test_non_finite_and_integer_tensors_are_reported(base: Path, variant: Callable[..., Path]) -> None:
