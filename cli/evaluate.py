@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from raymerge.cli.main import print_json, remark
+from raymerge.cli.shared import trust_option
 
 
 @click.command(
@@ -30,6 +31,7 @@ from raymerge.cli.main import print_json, remark
     help="Where the model runs.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only.")
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def evaluate_command(model: str, tasks: str, scores: str | None, as_json: bool, **options: Any) -> None:
     """Score MODEL on the tasks of FILE, as a grid scores its points.

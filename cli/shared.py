@@ -9,6 +9,13 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python files of a checkpoint (auto_map) where transformers has no class of its own; what is run is "
+    "printed.",
+)
+
 _RECIPE_OPTIONS = (
     click.option(
         "--slice-mib",
@@ -26,6 +33,7 @@ _RECIPE_OPTIONS = (
     ),
     click.option("--seed", type=int, help="Seed of the random masks [default: the recipe's, else 0]."),
     click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only."),
+    trust_option,
     click.option("--strict", is_flag=True, help="Refuse recipe keys that have no effect."),
 )
 
@@ -69,6 +77,7 @@ _RUN_OPTIONS = (
     ),
     click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity."),
     click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only."),
+    trust_option,
 )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raymerge.cli.main import print_json, remark
+from raymerge.cli.shared import trust_option
 
 if TYPE_CHECKING:
     from raymerge.cluster.statistics import StatisticsResult
@@ -100,6 +101,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     "--overwrite", is_flag=True, help="Replace an OUT that raymerge wrote, or drop an unfinished run for it."
 )
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only.")
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:

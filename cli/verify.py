@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from raymerge.cli.main import print_json, remark
+from raymerge.cli.shared import trust_option
 
 
 @click.command("verify", epilog="Example: raymerge verify merged/")
@@ -12,18 +13,19 @@ from raymerge.cli.main import print_json, remark
 @click.option(
     "--load/--no-load", default=True, show_default=True, help="Also load the output with transformers."
 )
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-def verify_command(out: str, load: bool, as_json: bool) -> None:
+def verify_command(out: str, load: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Read OUT again and compare it with its manifest.
 
     Files and their lengths, headers, index, the checksum of every tensor, and whether config,
-    tokenizer and weights load in transformers (code of a checkpoint is never run). OUT is the
+    tokenizer and weights load in transformers (code of a checkpoint is not run unasked). OUT is the
     folder of one merge, or of a campaign. Exits with 1 at the first difference.
     """
     from raymerge.cluster.compare import counted
     from raymerge.cluster.verify import verify
 
-    result = verify(out, load=load)
+    result = verify(out, load=load, trust_remote_code=trust_remote_code)
     for output in result.outputs:
         for line in output.remarks:
             remark(line)

@@ -24,13 +24,14 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
 from raymerge.cluster.recipe import Measurement, Recipe, load_recipes
 from raymerge.cluster.recipe_statistics import ToMeasure, find_statistics
-from raymerge.cluster.regmean_plus_plan import check_candidates, expected_statistics
+from raymerge.cluster.regmean_plus_plan import candidates_of, check_candidates, expected_statistics
 from raymerge.cluster.remarks import of_recipe
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
 from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.task import HubModel
+from raymerge.stats.own_code import code_remark
 from raymerge.stats.statistics_file import Statistics
 
 #: What a user may hand over as recipes: paths, YAML texts, mappings.
@@ -160,7 +161,13 @@ def plan_wave(
     """
     opened = opened or OpenedInputs()
     models, hub_models = opened.open_models(recipes, results, allow_pickle=options.allow_pickle)
-    statistics = find_statistics(recipes, models, opened, allow_pickle=options.allow_pickle)
+    statistics = find_statistics(
+        recipes,
+        models,
+        opened,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
     plans, vocabularies, all_heads, remarks = [], [], [], []
     limit = parse_size(options.out_shard_size)
     waiting = {each.name for each in recipes if _measurements(each) & {key for key, _ in statistics.missing}}
@@ -170,7 +177,12 @@ def plan_wave(
         found: Mapping[Measurement, Statistics] = statistics.found
         if is_sequential(recipe):
             check_candidates(recipe, models, vocabulary)
-            found = expected_statistics(recipe, models)
+            if options.trust_remote_code:
+                folders_with_code = dict.fromkeys(
+                    models[use.model.key].checkpoint.folder for use in candidates_of(recipe)
+                )
+                remarks += [line for folder in folders_with_code if (line := code_remark(folder))]
+            found = expected_statistics(recipe, models, trust_code=options.trust_remote_code)
         tensors, said = match(recipe, models, vocabulary, found, heads)
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]

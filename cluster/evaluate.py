@@ -19,6 +19,7 @@ from raymerge.stats.evaluation.evaluate import evaluate_checkpoint, expect_fit
 from raymerge.stats.evaluation.scores import Estimate, Scores, as_plain
 from raymerge.stats.evaluation.task_spec import SPLITS, Split
 from raymerge.stats.evaluation.tasks import EvaluationSpec, parse_evaluation
+from raymerge.stats.own_code import code_remark
 
 if TYPE_CHECKING:
     from raymerge.merge_actors.checkpoint.folder import Checkpoint
@@ -58,6 +59,7 @@ def evaluate(
     split: Split = "validation",
     device: Device = "auto",
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     on_remark: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
     """Score a checkpoint.
@@ -68,6 +70,7 @@ def evaluate(
         split: "validation" or "test".
         device: where the model runs.
         allow_pickle: read PyTorch .bin files, weights only.
+        trust_remote_code: run code of the checkpoint where transformers has no class of its own.
         on_remark: gets sentences for the user.
 
     Raises:
@@ -77,8 +80,10 @@ def evaluate(
     if split not in SPLITS:
         raise RecipeError(f"the split {split!r} is none of {', '.join(SPLITS)}.")
     spec = evaluation if isinstance(evaluation, EvaluationSpec) else read_evaluation(evaluation)
-    spec = _with_data(spec, split, on_remark)
+    spec = _with_data(spec, split, on_remark).trusting(trust_remote_code)
     checkpoint = _open(model, allow_pickle)
+    if trust_remote_code and (line := code_remark(checkpoint.folder)):
+        on_remark(line)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in checkpoint.tied.items()}
     for line in expect_fit(spec, checkpoint.folder, shapes, splits=(split,)):

@@ -135,6 +135,7 @@ def _job(evaluation: EvaluationSpec, options: GridOptions, placement: EvaluatorP
             seed=options.seed,
             allow_nan=options.allow_nan,
             allow_pickle=options.allow_pickle,
+            trust_remote_code=options.trust_remote_code,
         ),
         device=placement.device,
         num_threads=placement.num_threads,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from raymerge.cluster.grid_export import describe, export
 from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, GridFolder, run_description
 from raymerge.cluster.grid_options import GridOptions
-from raymerge.cluster.grid_plan import GridPlan, plan_grid
+from raymerge.cluster.grid_plan import GridPlan, plan_grid, trusting
 from raymerge.cluster.grid_points import Point, label_of
 from raymerge.cluster.grid_progress import GridProgress
 from raymerge.cluster.grid_spec import GridSource, GridSpec, read_grid
@@ -104,7 +104,7 @@ def grid(
         RaymergeError: with one sentence for the user; finished points are kept.
     """
     options = options or GridOptions()
-    spec = read_grid(source, seed=options.seed)
+    spec = trusting(read_grid(source, seed=options.seed), options)
     run = GridRun(spec, out, options, on_remark, show_progress, open_runner, kind="grid")
     return run.carry_out(strict, _all_points)
 

@@ -9,7 +9,7 @@ from typing import Any
 from raymerge.cluster.evaluator import source_budget_bytes
 from raymerge.cluster.grid_folder import GridFolder
 from raymerge.cluster.grid_options import GridOptions
-from raymerge.cluster.grid_plan import GridPlan, plan_grid
+from raymerge.cluster.grid_plan import GridPlan, plan_grid, trusting
 from raymerge.cluster.grid_progress import duration
 from raymerge.cluster.grid_spec import GridSource, read_grid
 from raymerge.cluster.progress import gib
@@ -28,7 +28,7 @@ def estimate(
     Raises:
         RaymergeError: whatever a run would refuse before its first point.
     """
-    spec = read_grid(source, seed=options.seed)
+    spec = trusting(read_grid(source, seed=options.seed), options)
     folder = GridFolder(out)
     plan = plan_grid(spec, options, strict=strict)
     num_points = min(len(spec.kept), options.limit or len(spec.kept))

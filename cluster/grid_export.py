@@ -95,6 +95,7 @@ def export(
             slice_mib=options.slice_mib,
             allow_nan=options.allow_nan,
             allow_pickle=options.allow_pickle,
+            trust_remote_code=options.trust_remote_code,
             overwrite=True,
         )
         out = folder.file(wanted[0]["name"]) if len(wanted) == 1 else folder.path

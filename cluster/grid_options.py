@@ -37,6 +37,8 @@ class GridOptions:
     """Merge inputs that hold NaN or infinity."""
     allow_pickle: bool = False
     """Read PyTorch .bin files (weights only) where a model has no safetensors."""
+    trust_remote_code: bool = False
+    """Run code of the checkpoints where transformers has no class of its own."""
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:

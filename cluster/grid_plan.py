@@ -30,6 +30,7 @@ from raymerge.cluster.yaml_source import Document
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.evaluation.spec_reader import PATHS
 from raymerge.stats.evaluation.tasks import EvaluationSpec
+from raymerge.stats.own_code import code_remark
 
 _UNKNOWN_KEY = "is unknown and has no effect"
 
@@ -77,6 +78,11 @@ class GridPlan:
         return fingerprint(unnamed, self.inputs.of(recipe), self.evaluation)
 
 
+def trusting(spec: GridSpec, options: GridOptions) -> GridSpec:
+    """Return a grid whose tasks may run code of the models, if the options say so."""
+    return dataclasses.replace(spec, evaluation=spec.evaluation.trusting(options.trust_remote_code))
+
+
 def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> GridPlan:
     """Check a grid, from headers alone.
 
@@ -91,6 +97,8 @@ def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> 
     checker = _Checker(spec, options, strict)
     checker.check_all(_with_ends(spec))
     for folder in checker.model_folders:
+        if options.trust_remote_code and (line := code_remark(folder)):
+            checker.remarks.append(line)
         checker.remarks += _check_tasks(spec.evaluation, folder)
     tasks = spec.evaluation.to_mapping()
     return GridPlan(
@@ -142,7 +150,11 @@ class _Checker:
 
     def __init__(self, spec: GridSpec, options: GridOptions, strict: bool) -> None:
         self.spec, self.options, self.strict = spec, options, strict
-        self.merge_options = MergeOptions(slice_mib=options.slice_mib, allow_pickle=options.allow_pickle)
+        self.merge_options = MergeOptions(
+            slice_mib=options.slice_mib,
+            allow_pickle=options.allow_pickle,
+            trust_remote_code=options.trust_remote_code,
+        )
         self.opened = OpenedInputs()
         self.inputs = GridInputs()
         self.missing: dict[tuple[str, str], ToMeasure] = {}

@@ -1,6 +1,6 @@
 """Ask transformers whether it can load an output: config, tokenizer, weights.
 
-Code that comes with a checkpoint is never run. An output that does not fit into half of the
+Code that comes with a checkpoint is not run unasked. An output that does not fit into half of the
 free memory is not loaded; its tensors are then compared with those of the class.
 """
 
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import VerifyError
+from raymerge.stats.model_loading import load_config
+from raymerge.stats.model_loading import model_class as model_class_of
+from raymerge.stats.own_code import FLAG, code_files, code_remark, load_with_code, model_needs_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,13 +42,20 @@ class LoadCheck:
     remarks: tuple[str, ...] = ()
 
 
-def check_load(folder: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> LoadCheck:
+def check_load(
+    folder: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any] | None,
+    *,
+    trust_code: bool = False,
+) -> LoadCheck:
     """Load an output with transformers, as a user would.
 
     Args:
         folder: the output.
         tensors: its tensors.
         config: its config.json; None if it has none.
+        trust_code: run code of the output where transformers has no class of its own.
 
     Raises:
         VerifyError: transformers refuses the output, or finds none of its parameters in it.
@@ -55,17 +65,22 @@ def check_load(folder: str, tensors: Mapping[str, TensorInfo], config: Mapping[s
     import transformers
 
     with _quiet():
-        if "auto_map" in config:
-            remark = "its config names code of its own (auto_map), which is never run, so it was not loaded"
+        runs_code = model_needs_code(config)
+        if runs_code and not trust_code:
+            remark = (
+                f"it needs code of its own ({', '.join(code_files(folder))}), which is not run unasked, so it was not "
+                f"loaded; {FLAG} loads it"
+            )
             return LoadCheck(how="skipped", remarks=(remark,))
-        loaded_config = _ask(
-            folder,
-            "config.json",
-            lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True),
-        )
-        num_tokens, remarks = _check_tokenizer(folder, tensors)
+        loaded_config = _ask(folder, "config.json", lambda: load_config(folder, runs_code=runs_code))
+        num_tokens, remarks = _check_tokenizer(folder, tensors, trust_code=trust_code)
+        if trust_code and (line := code_remark(folder)):
+            remarks.insert(0, line)
         architecture = next(iter(config.get("architectures") or []), None)
-        model_class = getattr(transformers, architecture or "", None)
+        if runs_code:
+            model_class = _ask(folder, "code", lambda: model_class_of(config, folder, runs_code=True))
+        else:
+            model_class = getattr(transformers, architecture or "", None)
         if model_class is None:
             remarks.append(
                 f"its config names the architecture {architecture!r}, which transformers does not have"
@@ -148,15 +163,21 @@ def _placed(name: str, prefix: str, expected: Mapping[str, object]) -> str:
     return name
 
 
-def _check_tokenizer(folder: str, tensors: Mapping[str, TensorInfo]) -> tuple[int | None, list[str]]:
+def _check_tokenizer(
+    folder: str, tensors: Mapping[str, TensorInfo], *, trust_code: bool
+) -> tuple[int | None, list[str]]:
     """Load the tokenizer, and hold its length against the longest matrix that has a row per token."""
     import transformers
 
     if not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
         return None, ["it has no tokenizer"]
-    tokenizer = _ask(
-        folder, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    )
+
+    def load(runs_code: bool) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=runs_code
+        )
+
+    tokenizer = _ask(folder, "tokenizer", lambda: load_with_code(load, folder, trust_code=trust_code))
     num_tokens = len(tokenizer)
     rows = [info.shape[0] for info in tensors.values() if len(info.shape) == 2 and "emb" in info.name.lower()]
     if rows and max(rows) < num_tokens:

@@ -97,6 +97,7 @@ def _statistics(plan: RecipePlan, statistics: Mapping[Measurement, Statistics]) 
                     "fingerprint": found.fingerprint,
                     "num_tokens": found.num_tokens,
                     "data_fingerprint": found.manifest.get("data", {}).get("fingerprint"),
+                    **({"code": found.manifest["code"]} if "code" in found.manifest else {}),
                 }
             )
     return {"statistics": rows} if rows else {}

@@ -38,6 +38,8 @@ class MergeOptions:
     """Merge inputs that hold NaN or infinity."""
     allow_pickle: bool = False
     """Read PyTorch .bin files (weights only) where a model has no safetensors."""
+    trust_remote_code: bool = False
+    """Run code of a checkpoint that is measured where transformers has no class of its own; merging never does."""
     trace: str | None = None
     """File for a timeline of the run, for chrome://tracing or ui.perfetto.dev."""
     stage: str | None = None

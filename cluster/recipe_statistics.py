@@ -34,6 +34,7 @@ class ToMeasure:
     kind: StatisticsKind
     data: MeasuredData
     allow_pickle: bool
+    trust_remote_code: bool
     recipe: int
     """Number of a recipe that asks for it."""
 
@@ -44,6 +45,7 @@ class ToMeasure:
             data=self.data.spec,
             estimator=self.data.estimator,
             allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
             **where,
         )
 
@@ -62,6 +64,7 @@ def find_statistics(
     opened: OpenedInputs,
     *,
     allow_pickle: bool,
+    trust_remote_code: bool = False,
 ) -> FoundStatistics:
     """Open all statistics of some recipes and check them against their models.
 
@@ -70,6 +73,7 @@ def find_statistics(
         models: by `ModelRef.key`.
         opened: keeps what has been opened.
         allow_pickle: read PyTorch `.bin` files.
+        trust_remote_code: run code of a model that is measured, where transformers has no class of its own.
 
     Raises:
         RecipeError: a model has neither statistics nor data, or the data do not fit it.
@@ -88,7 +92,15 @@ def find_statistics(
             assert measurement is not None
             path = use.statistics
             if use.data is not None:
-                wanted = _to_measure(use, use.data, models[use.model.key], kind, opened, allow_pickle, number)
+                wanted = ToMeasure(
+                    key=use.model.key,
+                    model=_place(use, models[use.model.key], opened),
+                    kind=kind,
+                    data=use.data,
+                    allow_pickle=allow_pickle,
+                    trust_remote_code=trust_remote_code,
+                    recipe=number,
+                )
                 path = opened.cached_statistics.get((measurement, kind)) or find_cached(
                     models[use.model.key].merged, wanted.options()
                 )
@@ -137,7 +149,7 @@ def measure_missing(
 
 def describe_missing(each: ToMeasure, model: LoadedModel) -> dict[str, Any]:
     """Return what measuring would take, for a plan: rows and tokens of the data."""
-    rows, tokens, is_exact = count_tokens(model.merged, each.data.spec)
+    rows, tokens, is_exact = count_tokens(model.merged, each.data.spec, trust_code=each.trust_remote_code)
     return {
         "model": each.key,
         "kind": each.kind,
@@ -157,24 +169,13 @@ def _check_use(recipe: Recipe, use: SourceUse, kind: StatisticsKind) -> None:
         )
 
 
-def _to_measure(
-    use: SourceUse,
-    data: MeasuredData,
-    model: LoadedModel,
-    kind: StatisticsKind,
-    opened: OpenedInputs,
-    allow_pickle: bool,
-    recipe: int,
-) -> ToMeasure:
+def _place(use: SourceUse, model: LoadedModel, opened: OpenedInputs) -> ModelRef:
     """Name the model as workers find it: by its folder, or on the Hub."""
     adapter = None
     if use.model.adapter is not None:
         assert model.adapter is not None
         adapter = _found_place(use.model.adapter, model.adapter.path, opened)
-    ref = replace(_found_place(use.model, model.checkpoint.path, opened), adapter=adapter)
-    return ToMeasure(
-        key=use.model.key, model=ref, kind=kind, data=data, allow_pickle=allow_pickle, recipe=recipe
-    )
+    return replace(_found_place(use.model, model.checkpoint.path, opened), adapter=adapter)
 
 
 def _found_place(ref: ModelRef, path: str, opened: OpenedInputs) -> ModelRef:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import json
 import os
 import shutil
 import time
@@ -105,7 +106,12 @@ class RegMeanPlusRun:
         models = [use.model.key for use in candidates_of(self._plan.recipe)]
         return {
             "measured": [
-                {"model": model, "data_fingerprint": found["data"], "num_tokens": num_tokens}
+                {
+                    "model": model,
+                    "data_fingerprint": found["data"],
+                    "num_tokens": num_tokens,
+                    **({"code": json.loads(found["code"])} if "code" in found else {}),
+                }
                 for model, found, num_tokens in zip(models, state.identity, state.num_tokens, strict=True)
             ],
             "measure_seconds": round(state.measure_seconds, 3),
@@ -128,6 +134,7 @@ class RegMeanPlusRun:
                 MeasureJob(
                     **place,
                     allow_pickle=self.options.allow_pickle,
+                    trust_remote_code=self.options.trust_remote_code,
                     kind="gram",
                     data=use.data.spec,
                     estimator="expected",
@@ -207,7 +214,7 @@ class RegMeanPlusRun:
     def _as_merged(self) -> list[MergedTensor]:
         """Return all tensors as they were merged: data may not have reached all that could be solved for."""
         recipe, state = self._plan.recipe, self._measurer.state
-        found = expected_statistics(recipe, self.wave.models)
+        found = expected_statistics(recipe, self.wave.models, trust_code=self.options.trust_remote_code)
         statistics = []
         for number, use in enumerate(candidates_of(recipe)):
             assert use.measurement is not None

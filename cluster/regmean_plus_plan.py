@@ -58,15 +58,25 @@ def check_candidates(
         )
 
 
-def expected_statistics(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[Measurement, Statistics]:
-    """Return statistics as the run will have them if its data reach every linear map, without values."""
+def expected_statistics(
+    recipe: Recipe, models: Mapping[str, LoadedModel], *, trust_code: bool = False
+) -> dict[Measurement, Statistics]:
+    """Return statistics as the run will have them if its data reach every linear map, without values.
+
+    Args:
+        recipe: of the merge.
+        models: by `ModelRef.key`.
+        trust_code: run code of the models where transformers has no class of its own.
+    """
     from raymerge.stats.linear_maps import find_linear_maps
     from raymerge.stats.model_loading import skeleton
 
     found = {}
     for use in candidates_of(recipe):
         checkpoint = models[use.model.key].merged
-        maps = find_linear_maps(skeleton(checkpoint), {**checkpoint.tensors, **checkpoint.tied})
+        maps = find_linear_maps(
+            skeleton(checkpoint, trust_code=trust_code), {**checkpoint.tensors, **checkpoint.tied}
+        )
         modules = {tensor: _module(each, tensor) for each in maps.maps for tensor in each.tensors}
         assert use.measurement is not None
         found[use.measurement] = partial_statistics(checkpoint.path, modules, expected=modules)

@@ -114,4 +114,5 @@ def _identity(candidate: Candidate) -> dict[str, str]:
         "data": found.data_fingerprint,
         "tokenizer": found.tokenizer_fingerprint,
         "dtype": found.compute_dtype,
+        **({"code": json.dumps(dict(found.code), sort_keys=True)} if found.code else {}),
     }

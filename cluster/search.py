@@ -9,6 +9,7 @@ from typing import Any
 
 from raymerge.cluster.grid import GridResult, GridRun, OpenRunner, Runner
 from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_plan import trusting
 from raymerge.cluster.grid_points import Point, Value
 from raymerge.cluster.grid_progress import GridProgress
 from raymerge.cluster.grid_spec import GridSource, read_grid
@@ -41,7 +42,7 @@ def search(
         RaymergeError: with one sentence for the user; finished trials are kept.
     """
     options = options or GridOptions()
-    spec = read_grid(source, is_search=True)
+    spec = trusting(read_grid(source, is_search=True), options)
     asked = read_search(spec, options.seed)
     run = GridRun(spec, out, options, on_remark, show_progress, open_runner, kind="search")
     run.num_points = min(asked.num_trials, options.limit or asked.num_trials)

@@ -20,6 +20,7 @@ from raymerge.merge_actors.checkpoint.adapted import open_model
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.measure_job import MeasureJob
+from raymerge.stats.own_code import code_remark
 from raymerge.stats.statistics_file import MANIFEST, Statistics, open_statistics, write_json
 
 
@@ -93,6 +94,8 @@ def collect_statistics(
     folder = RunFolder(place)
     checkpoint = open_model(**place_of(ref), allow_pickle=options.allow_pickle)
     refuse_inputs_in_output(folder.out, [part.path for part in (ref, ref.adapter) if part is not None])
+    if options.trust_remote_code and (line := code_remark(checkpoint.folder)):
+        on_remark(line)
     with folder.locked():
         _check_free(folder, options)
         with connected_for_statistics(
@@ -138,6 +141,7 @@ def _job(ref: ModelRef, options: StatisticsOptions, placement: Placement, work_f
     return MeasureJob(
         **place_of(ref),
         allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
         kind=options.kind,
         data=options.data,
         estimator=options.estimator,

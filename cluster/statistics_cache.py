@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import xxhash
 
@@ -23,6 +24,7 @@ from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.stats.data_rows import DataSpec
 from raymerge.stats.image_data import inputs_fingerprint, open_data
+from raymerge.stats.own_code import code_digest, may_run
 from raymerge.stats.statistics_file import FORMAT_VERSION, MANIFEST
 
 #: A plan tokenises about so many rows.
@@ -74,12 +76,19 @@ def cached_statistics(
     return folder
 
 
-def count_tokens(checkpoint: Checkpoint, spec: DataSpec) -> tuple[int, int, bool]:
+def count_tokens(
+    checkpoint: Checkpoint, spec: DataSpec, *, trust_code: bool = False
+) -> tuple[int, int, bool]:
     """Return rows and tokens of the data of a model, and whether the tokens are all counted.
 
     Of many rows a few shards are tokenised and the rest estimated.
+
+    Args:
+        checkpoint: of the model.
+        spec: the data.
+        trust_code: run code of the tokenizer where transformers has no class of its own.
     """
-    data = open_data(spec, checkpoint.inputs_folder, checkpoint.config)
+    data = open_data(spec, checkpoint.inputs_folder, checkpoint.config, trust_code=trust_code)
     num_rows = len(data.rows.texts)
     step = max(1, num_rows // _ROWS_COUNTED)
     shards = range(0, data.num_shards, step)
@@ -104,8 +113,10 @@ def _one_at_a_time(path: str) -> Iterator[None]:
 
 
 def _key(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
-    data = open_data(options.data, checkpoint.inputs_folder, checkpoint.config)
-    parts = {
+    trust_code = options.trust_remote_code
+    may_run(checkpoint.folder, checkpoint.config, trust_code=trust_code)
+    data = open_data(options.data, checkpoint.inputs_folder, checkpoint.config, trust_code=trust_code)
+    parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "model": checkpoint.fingerprint,
         "tokenizer": inputs_fingerprint(data, checkpoint.inputs_folder),
@@ -113,4 +124,6 @@ def _key(checkpoint: Checkpoint, options: StatisticsOptions) -> str:
         "kind": options.kind,
         "estimator": options.estimator if options.kind == "fisher" else None,
     }
+    if code := code_digest(checkpoint.folder, checkpoint.config):
+        parts["code"] = code
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

@@ -28,6 +28,8 @@ class StatisticsOptions:
     resume: bool = False
     overwrite: bool = False
     allow_pickle: bool = False
+    trust_remote_code: bool = False
+    """Run code of the checkpoint where transformers has no class of its own."""
 
     def __post_init__(self) -> None:
         if self.data.samples_at and self.kind != "gram":

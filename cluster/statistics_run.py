@@ -229,6 +229,7 @@ class StatisticsRun:
             "estimator": self.job.estimator if self.job.kind == "fisher" else None,
             "dtype": self.description.compute_dtype,
             "batch_tokens": self.job.data.batch_tokens,
+            **({"code": dict(self.description.code)} if self.description.code else {}),
         }
 
     def _call(
@@ -267,6 +268,7 @@ class StatisticsRun:
             "format_version": FORMAT_VERSION,
             "kind": self.job.kind,
             "model": {"path": self.checkpoint.path, "fingerprint": self.checkpoint.fingerprint},
+            **({"code": dict(description.code)} if description.code else {}),
             "tokenizer_fingerprint": description.tokenizer_fingerprint,
             "data": self.job.data.to_mapping()
             | {"fingerprint": description.data_fingerprint, "max_length": description.max_length},

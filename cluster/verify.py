@@ -58,19 +58,24 @@ class Verification:
         return dataclasses.asdict(self)
 
 
-def verify(out: str | os.PathLike[str], *, load: bool = True) -> Verification:
+def verify(
+    out: str | os.PathLike[str], *, load: bool = True, trust_remote_code: bool = False
+) -> Verification:
     """Read an output, or all outputs of a campaign, and compare them with their manifests.
 
     Args:
         out: folder of a merge.
         load: also load each output with transformers (see `load_check`).
+        trust_remote_code: run code of an output where transformers has no class of its own.
 
     Raises:
         VerifyError: naming the first file or tensor that differs, and both values.
     """
     place = os.fspath(out)
     folders = _or_verify_error(lambda: _outputs_of(absolute(place) if is_remote(place) else place))
-    return Verification(outputs=tuple(_verify_one(folder, load=load) for folder in folders))
+    return Verification(
+        outputs=tuple(_verify_one(folder, load=load, trust_code=trust_remote_code) for folder in folders)
+    )
 
 
 def _outputs_of(out: str) -> list[str]:
@@ -89,7 +94,7 @@ def _outputs_of(out: str) -> list[str]:
     return found
 
 
-def _verify_one(folder: str, *, load: bool) -> VerifiedOutput:
+def _verify_one(folder: str, *, load: bool, trust_code: bool) -> VerifiedOutput:
     manifest = _read_manifest(folder)
     tensors = _check_headers(folder, manifest)
     _check_index(folder, manifest)
@@ -97,7 +102,7 @@ def _verify_one(folder: str, *, load: bool) -> VerifiedOutput:
     _check_checksums(manifest["tensors"], tensors)
     seconds = time.monotonic() - started
     config = _read_small_files(folder)
-    checked = _load(folder, manifest["files"], tensors, config) if load else None
+    checked = _load(folder, manifest["files"], tensors, config, trust_code=trust_code) if load else None
     return VerifiedOutput(
         folder=folder,
         num_files=len(manifest["files"]),
@@ -110,11 +115,16 @@ def _verify_one(folder: str, *, load: bool) -> VerifiedOutput:
 
 
 def _load(
-    folder: str, files: Mapping[str, int], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
+    folder: str,
+    files: Mapping[str, int],
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any] | None,
+    *,
+    trust_code: bool,
 ) -> LoadCheck:
     with loadable(folder, files) as local:
         try:
-            checked = check_load(local, tensors, config)
+            checked = check_load(local, tensors, config, trust_code=trust_code)
         except VerifyError as error:
             raise VerifyError(str(error).replace(local, folder)) from error
     if checked.how == "loaded" and local != folder:

@@ -17,6 +17,7 @@ import xxhash
 
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.stats.data_rows import DataSpec, Rows, read_rows
+from raymerge.stats.own_code import load_with_code
 
 #: Most shards that a calibration set is cut into.
 NUM_SHARDS = 32
@@ -82,13 +83,16 @@ class Example:
 class CalibrationData:
     """The calibration set of one model: rows, tokenizer, shards."""
 
-    def __init__(self, spec: DataSpec, model_folder: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, spec: DataSpec, model_folder: str, config: Mapping[str, Any], *, trust_code: bool = False
+    ) -> None:
         """Read the rows and the tokenizer.
 
         Args:
             spec: which data.
             model_folder: where the tokenizer is.
             config: the model's config.json.
+            trust_code: run code of the tokenizer where transformers has no class of its own.
 
         Raises:
             RecipeError: the data do not fit the model or cannot be read.
@@ -97,7 +101,7 @@ class CalibrationData:
         self.spec = spec
         self.rows: Rows = read_rows(spec)
         self._shards = cut_shards(self.rows.tier_ends)
-        self._tokenizer = load_tokenizer(model_folder)
+        self._tokenizer = load_tokenizer(model_folder, trust_code=trust_code)
         self._config = config
         self.max_length = self._checked_length()
         self.is_encoder_decoder = bool(config.get("is_encoder_decoder"))
@@ -238,11 +242,15 @@ def cut_shards(tier_ends: Sequence[int]) -> list[tuple[range, int]]:
 _FINGERPRINTED = {"chat_template", "packed"}
 
 
-def load_tokenizer(model_folder: str) -> Any:
+def load_tokenizer(model_folder: str, *, trust_code: bool = False) -> Any:
     """Load a model's tokenizer.
 
+    Args:
+        model_folder: where it is.
+        trust_code: run code of the folder where transformers has no class of its own.
+
     Raises:
-        CheckpointError: the folder has none.
+        CheckpointError: the folder has none, or it needs code that is not trusted.
     """
     from transformers import AutoTokenizer
 
@@ -252,7 +260,13 @@ def load_tokenizer(model_folder: str) -> Any:
             "copy the files of its base model's tokenizer into the folder."
         )
     try:
-        return AutoTokenizer.from_pretrained(model_folder)
+        return load_with_code(
+            lambda runs: AutoTokenizer.from_pretrained(model_folder, trust_remote_code=runs),
+            model_folder,
+            trust_code=trust_code,
+        )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever its readers of old formats raise
         raise CheckpointError(f"the tokenizer of {model_folder} cannot be loaded: {error}") from error
 

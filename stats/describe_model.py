@@ -16,6 +16,7 @@ from raymerge.stats.layer_groups import Needs
 from raymerge.stats.linear_maps import LinearMap, ModelMaps, block_of, find_linear_maps
 from raymerge.stats.measure_job import Description, MeasureJob
 from raymerge.stats.model_loading import compute_dtype, skeleton
+from raymerge.stats.own_code import code_digest
 from raymerge.stats.weight_names import tensor_names
 
 #: Hidden states that a forward pass holds at a time, counted in widths of its widest linear map.
@@ -28,7 +29,7 @@ def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData | Im
     Raises:
         CheckpointError: the checkpoint lacks weights of the model's layers.
     """
-    model = skeleton(checkpoint)
+    model = skeleton(checkpoint, trust_code=job.trust_remote_code)
     names = {**checkpoint.tensors, **checkpoint.tied}
     maps = find_linear_maps(model, names)
     blocks = {name: block_of(name, maps.blocks) for name, _ in model.named_parameters()}
@@ -55,6 +56,7 @@ def describe(job: MeasureJob, checkpoint: Checkpoint, data: CalibrationData | Im
         tokenizer_fingerprint=inputs_fingerprint(data, checkpoint.inputs_folder),
         compute_dtype=str(compute_dtype(checkpoint, job.device)).removeprefix("torch."),
         batching="equal_length" if maps.has_experts or _feeds_itself(model) else "padded",
+        code=code_digest(checkpoint.folder, checkpoint.config),
         remarks=(*data.rows.remarks, *_remarks(maps)),
     )
 

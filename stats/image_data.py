@@ -23,6 +23,7 @@ from raymerge.stats.calibration_data import (
     tokenizer_fingerprint,
 )
 from raymerge.stats.data_rows import DataSpec, Rows, check_columns, read_table, take
+from raymerge.stats.own_code import load_with_code
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -34,15 +35,23 @@ def are_images(spec: DataSpec) -> bool:
     return spec.image_column is not None or (os.path.isdir(folder) and bool(_image_files(folder)))
 
 
-def open_data(spec: DataSpec, model_folder: str, config: Mapping[str, Any]) -> CalibrationData | ImageData:
+def open_data(
+    spec: DataSpec, model_folder: str, config: Mapping[str, Any], *, trust_code: bool = False
+) -> CalibrationData | ImageData:
     """Open a calibration set of texts or images.
+
+    Args:
+        spec: which data.
+        model_folder: where tokenizer or image processor are.
+        config: the model's config.json.
+        trust_code: run code of the folder where transformers has no class of its own.
 
     Raises:
         RecipeError: the data do not fit the model or cannot be read.
         CheckpointError: the model has no tokenizer, or no image processor.
     """
     kind = ImageData if are_images(spec) else CalibrationData
-    return kind(spec, model_folder, config)
+    return kind(spec, model_folder, config, trust_code=trust_code)
 
 
 def inputs_fingerprint(data: CalibrationData | ImageData, model_folder: str) -> str:
@@ -65,20 +74,23 @@ class ImageData:
     num_truncated = 0
     pad_id = 0
 
-    def __init__(self, spec: DataSpec, model_folder: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, spec: DataSpec, model_folder: str, config: Mapping[str, Any], *, trust_code: bool = False
+    ) -> None:
         """Read the rows and the image processor.
 
         Args:
             spec: which data.
             model_folder: where the image processor is.
             config: the model's config.json.
+            trust_code: run code of the image processor where transformers has no class of its own.
 
         Raises:
             RecipeError: the data do not fit the model or cannot be read.
             CheckpointError: the model takes no images, or has no image processor.
         """
         self.spec = spec
-        self._processor = _load_processor(model_folder, config)
+        self._processor = _load_processor(model_folder, config, trust_code=trust_code)
         self.rows = _read_rows(spec)
         self.max_length = _num_positions(config)
         self._shards = cut_shards(self.rows.tier_ends)
@@ -136,7 +148,7 @@ class ImageData:
             raise RecipeError(f"{place} of the data {self.spec.source!r} is no image: {error}") from error
 
 
-def _load_processor(model_folder: str, config: Mapping[str, Any]) -> Any:
+def _load_processor(model_folder: str, config: Mapping[str, Any], *, trust_code: bool) -> Any:
     if isinstance(config.get("text_config"), Mapping) and isinstance(config.get("vision_config"), Mapping):
         raise CheckpointError(
             f"{model_folder} reads texts and images; images alone can be measured on a vision tower of its own "
@@ -160,7 +172,13 @@ def _load_processor(model_folder: str, config: Mapping[str, Any]) -> Any:
     is_old = int(transformers.__version__.split(".")[0]) < 5
     option: dict[str, Any] = {"use_fast": False} if is_old else {"backend": "pil"}
     try:
-        return AutoImageProcessor.from_pretrained(model_folder, **option)
+        return load_with_code(
+            lambda runs: AutoImageProcessor.from_pretrained(model_folder, trust_remote_code=runs, **option),
+            model_folder,
+            trust_code=trust_code,
+        )
+    except CheckpointError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the image processor of {model_folder} cannot be loaded: {reason}") from error

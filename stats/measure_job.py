@@ -24,6 +24,8 @@ class MeasureJob:
     """Local folder or Hub id of an adapter that is added to the model."""
     adapter_revision: str | None = None
     allow_pickle: bool
+    trust_remote_code: bool = False
+    """Run code of the checkpoint where transformers has no class of its own."""
     kind: Literal["gram", "fisher"]
     data: DataSpec
     estimator: Estimator
@@ -58,6 +60,8 @@ class Description:
     batching: Batching
     """The way to begin with."""
     remarks: tuple[str, ...]
+    code: Mapping[str, str] = field(default_factory=dict)
+    """Of a model that runs code of its own: file -> digest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,12 @@ class MeasuredModel:
             adapter_revision=job.adapter_revision,
             allow_pickle=job.allow_pickle,
         )
-        self.data = open_data(job.data, self.checkpoint.inputs_folder, self.checkpoint.config)
+        self.data = open_data(
+            job.data,
+            self.checkpoint.inputs_folder,
+            self.checkpoint.config,
+            trust_code=job.trust_remote_code,
+        )
         self.model: Any = None
         self.maps = ModelMaps(maps=(), blocks=(), tied=(), not_in_checkpoint=())
         self.loader: BlockLoader | None = None
@@ -56,9 +61,9 @@ class MeasuredModel:
         if self.model is not None:
             return
         if is_streamed:
-            self.model = skeleton(self.checkpoint)
+            self.model = skeleton(self.checkpoint, trust_code=self.job.trust_remote_code)
         else:
-            self.model = load_whole(self.checkpoint, self.job.device)
+            self.model = load_whole(self.checkpoint, self.job.device, trust_code=self.job.trust_remote_code)
         self.maps = find_linear_maps(self.model, {**self.checkpoint.tensors, **self.checkpoint.tied})
         if is_streamed:
             self.loader = BlockLoader(

@@ -20,6 +20,7 @@ from raymerge.merge_actors.files import RangeRead
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.whole_tensors import read_tensor
+from raymerge.stats.own_code import may_run
 from raymerge.stats.weight_names import tensor_names
 
 if TYPE_CHECKING:
@@ -29,15 +30,37 @@ if TYPE_CHECKING:
 _BUILDING = threading.Lock()
 
 
-def model_class(config: Mapping[str, Any]) -> Any:
-    """Return the transformers class that a config names, or the bare model's."""
+def model_class(config: Mapping[str, Any], folder: str, *, runs_code: bool) -> Any:
+    """Return the class that a config names, or the bare model's.
+
+    Args:
+        config: config.json.
+        folder: where it is, with the code of the checkpoint.
+        runs_code: take the class from that code.
+    """
     import transformers
 
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or ()
+    if runs_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        references = {key: each for key, each in config["auto_map"].items() if key.startswith("AutoModel")}
+        chosen = [each for each in references.values() if each.rpartition(".")[2] in names]
+        if chosen or references:
+            reference = (chosen or list(references.values()))[0]
+            return get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
     return transformers.AutoModel
+
+
+def load_config(folder: str, *, runs_code: bool) -> Any:
+    """Return transformers' config of a folder; it never asks whether to run code."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
@@ -53,20 +76,27 @@ def compute_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
     return widest if widest in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def load_whole(checkpoint: Checkpoint, device: str) -> Any:
+def load_whole(checkpoint: Checkpoint, device: str, *, trust_code: bool = False) -> Any:
     """Load the whole model in eval mode.
+
+    Args:
+        checkpoint: where it is.
+        device: where parameters go.
+        trust_code: run the checkpoint's code where transformers has no class of its own.
 
     Raises:
         CheckpointError: transformers does not know or cannot load it.
     """
     dtype = compute_dtype(checkpoint, device)
+    runs_code = may_run(checkpoint.folder, checkpoint.config, trust_code=trust_code)
     try:
         if checkpoint.is_adapted or any(is_remote(tensor.file) for tensor in checkpoint.tensors.values()):
-            model = _load_values(checkpoint, dtype)
+            model = _load_values(checkpoint, dtype, runs_code=runs_code)
         else:
             with _BUILDING, _quiet():
-                model = model_class(checkpoint.config).from_pretrained(
-                    checkpoint.folder, torch_dtype=dtype, local_files_only=True
+                chosen = model_class(checkpoint.config, checkpoint.folder, runs_code=runs_code)
+                model = chosen.from_pretrained(
+                    checkpoint.folder, torch_dtype=dtype, local_files_only=True, trust_remote_code=runs_code
                 )
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -74,17 +104,15 @@ def load_whole(checkpoint: Checkpoint, device: str) -> Any:
     return prepared(model).to(device)
 
 
-def _load_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _load_values(checkpoint: Checkpoint, dtype: torch.dtype, *, runs_code: bool) -> Any:
     """Load a model whose weights transformers cannot open itself: they are read by range and handed over.
 
     Those of an adapter's model are made as they are read.
     """
-    from transformers import AutoConfig
-
     values = _read_values(checkpoint, dtype)
-    chosen = model_class(checkpoint.config)
+    chosen = model_class(checkpoint.config, checkpoint.folder, runs_code=runs_code)
     with _quiet():
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = load_config(checkpoint.folder, runs_code=runs_code)
     if hasattr(chosen, "from_config"):  # an Auto class takes a folder only
         with _quiet(), building_without_weights():
             chosen = type(chosen.from_config(config))
@@ -129,13 +157,22 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def skeleton(checkpoint: Checkpoint) -> Any:
-    """Build the model without weights: parameters on the meta device, buffers as they are."""
-    from transformers import AutoConfig
+def skeleton(checkpoint: Checkpoint, *, trust_code: bool = False) -> Any:
+    """Build the model without weights: parameters on the meta device, buffers as they are.
 
-    with _quiet():
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    chosen = model_class(checkpoint.config)
+    Raises:
+        CheckpointError: transformers does not know it, or would need code that is not trusted.
+    """
+    runs_code = may_run(checkpoint.folder, checkpoint.config, trust_code=trust_code)
+    try:
+        with _quiet():
+            config = load_config(checkpoint.folder, runs_code=runs_code)
+            chosen = model_class(checkpoint.config, checkpoint.folder, runs_code=runs_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot read the config of {checkpoint.path}: {reason}"
+        ) from error
     with _quiet(), building_without_weights():
         model = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
     model.tie_weights()

@@ -120,7 +120,7 @@ class PreparedCallable(PreparedTask):
     ) -> None:
         """Take the function."""
         self._scorer = scorer
-        self._tokenizer = load_tokenizer(model_folder)
+        self._tokenizer = load_tokenizer(model_folder, trust_code=task.trust_remote_code)
         self._rows = tuple(table.row(i) for i in range(len(table))) if table else ()
         super().__init__(task, split, [(0,)], table.remarks if table else ())
 

@@ -76,6 +76,7 @@ class ResidentModel:
             CheckpointError: a head cannot be read.
         """
         self.folder, self.device, self.dtype = folder, device, dtype
+        self._trusts_code = any(task.trust_remote_code for task in tasks)
         self._tokenizer: Any = None
         self._structures: dict[tuple[str | None, ...], Structure] = {}
         self.companions: dict[str, Any] = {}
@@ -91,7 +92,7 @@ class ResidentModel:
         if self._tokenizer is None:
             from raymerge.stats.calibration_data import load_tokenizer
 
-            self._tokenizer = load_tokenizer(self.folder)
+            self._tokenizer = load_tokenizer(self.folder, trust_code=self._trusts_code)
         return self._tokenizer
 
     def module(self, task: TaskSpec) -> Any:

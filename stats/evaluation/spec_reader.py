@@ -7,10 +7,10 @@ import os
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from typing import Any, Literal
 
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.stats.evaluation.task_spec import keys_of
 
 #: Fields that name a local file or folder, if there is one of the name.
 PATHS = ("validation", "test", "head", "file", "include")
@@ -28,7 +28,7 @@ def read_fields(kind: type[Any], value: Mapping[str, Any], where: str) -> dict[s
         RecipeError: a key is unknown, or a value is not of its field's type.
     """
     hints = typing.get_type_hints(kind)
-    known = [each.name for each in fields(kind) if each.name != "where"]
+    known = keys_of(kind)
     found = {}
     for key, given in value.items():
         if key not in known:

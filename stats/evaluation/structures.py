@@ -12,6 +12,7 @@ from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
 from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
 from raymerge.stats.model_loading import building_without_weights
+from raymerge.stats.own_code import may_run, model_needs_code
 
 #: Which of transformers' automatic classes makes a model of a kind.
 AUTO_CLASSES: dict[ModelKind, str] = {
@@ -103,13 +104,14 @@ def build_structure(task: TaskSpec, folder: str) -> Structure:
         RecipeError: the head is of another architecture, or the model cannot run the task.
         CheckpointError: a config is missing or unknown to transformers.
     """
-    own = load_config(folder)
+    trust_code = task.trust_remote_code
+    own = load_config(folder, trust_code=trust_code)
     if task.head_folder is None:
         config, head = own, None
         maker = model_class_for(task, own)
     else:
         head = open_checkpoint(locate(task.head_folder))
-        config = load_config(head.folder)
+        config = load_config(head.folder, trust_code=trust_code)
         maker = _head_class(task, head, config)
         if config.model_type != own.model_type:
             raise task.error(
@@ -120,7 +122,11 @@ def build_structure(task: TaskSpec, folder: str) -> Structure:
         config.vocab_size = own.vocab_size
     try:
         with building_without_weights():
-            module = maker.from_config(config) if hasattr(maker, "from_config") else maker(config)
+            if hasattr(maker, "from_config"):
+                # An automatic class asks on the terminal unless it is told.
+                module = maker.from_config(config, trust_remote_code=model_needs_code(config.to_dict()))
+            else:
+                module = maker(config)
     except (ValueError, ImportError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise task.error(
@@ -154,16 +160,21 @@ def model_class_for(task: TaskSpec, config: Any) -> Any:
     return getattr(transformers, AUTO_CLASSES[task.model_kind])
 
 
-def load_config(folder: str) -> Any:
+def load_config(folder: str, *, trust_code: bool = False) -> Any:
     """Load transformers' config of a folder.
+
+    Args:
+        folder: where it is.
+        trust_code: run code of the folder where transformers has no class of its own.
 
     Raises:
         CheckpointError: there is none, or transformers does not know the architecture.
     """
     from transformers import AutoConfig
 
+    runs_code = may_run(folder, head_config(folder), trust_code=trust_code)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code)
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot read the config of {folder}: {reason}") from error

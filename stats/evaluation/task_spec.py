@@ -56,6 +56,8 @@ class TaskSpec:
     """Tokens of a batch, padding included [the section's]. Results do not depend on it but by rounding."""
     where: str = field(default="", compare=False, repr=False)
     """Key path of the task in its file, for errors."""
+    trust_remote_code: bool = field(default=False, repr=False)
+    """Run code of the models where transformers has no class of its own. Never read from a file."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_tokens"):
@@ -119,8 +121,15 @@ class TaskSpec:
 
     def to_mapping(self) -> dict[str, Any]:
         """Return kind and fields as JSON values, for fingerprints and manifests."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "where"}
+        values = {name: getattr(self, name) for name in keys_of(type(self))}
+        if self.trust_remote_code:
+            values["trust_remote_code"] = True
         return {"kind": self.kind, **{name: _plain(value) for name, value in values.items()}}
+
+
+def keys_of(kind: type[TaskSpec]) -> list[str]:
+    """Return what the section of a task may say."""
+    return [each.name for each in fields(kind) if each.name not in ("where", "trust_remote_code")]
 
 
 def _plain(value: Any) -> Any:

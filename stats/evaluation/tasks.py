@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge.merge_actors.errors import RecipeError
@@ -57,6 +57,12 @@ class EvaluationSpec:
     def task(self, name: str) -> TaskSpec:
         """Return a task by its name."""
         return next(task for task in self.tasks if task.name == name)
+
+    def trusting(self, trust_remote_code: bool) -> EvaluationSpec:
+        """Return the section with leave to run code of the models, or without."""
+        return replace(
+            self, tasks=tuple(replace(each, trust_remote_code=trust_remote_code) for each in self.tasks)
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Return everything that metrics depend on as JSON values, defaults included."""

@@ -34,7 +34,7 @@ class TextEncoder:
             CheckpointError: the folder has no tokenizer.
         """
         self._task = task
-        self.tokenizer = load_tokenizer(model_folder)
+        self.tokenizer = load_tokenizer(model_folder, trust_code=task.trust_remote_code)
         limit = length_limit(head_config(model_folder), self.tokenizer)
         if max_length is not None and limit is not None and max_length > limit:
             raise task.error("max_length", f"{max_length:,}, but the model takes at most {limit:,} tokens.")

@@ -197,7 +197,9 @@ def test_statistics_belong_to_what_a_run_was_planned_from(measured: Any, tmp_pat
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_statistics_of_the_base_alone_are_refused_for_a_model_with_an_adapter(measured: Any, tmp_path: Path) -> None:
+def test_statistics_of_the_base_alone_are_refused_for_a_model_with_an_adapter(
+    measured: Any, tmp_path: Path
+) -> None:
     folders, _, _ = measured
     lora = tmp_path / "lora"
     lora.mkdir()

@@ -282,14 +282,17 @@ def test_missing_and_unexpected_keys_are_remarks(
     )
 
 
-def test_code_of_a_checkpoint_is_never_run(output: Path) -> None:
+def test_code_of_a_checkpoint_is_not_run_unasked(output: Path) -> None:
     config = json.loads((output / "config.json").read_text())
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (output / "evil.py").write_text("raise SystemExit('ran')")
     (output / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (found,) = verify(output).outputs  # a Llama is what transformers takes for one
+    assert found.load is not None and found.load.how == "loaded"
+    (output / "config.json").write_text(json.dumps(config | {"auto_map": auto_map, "model_type": "evil"}))
     (found,) = verify(output).outputs
     assert found.load is not None and found.load.how == "skipped"
-    assert "never run" in found.remarks[0]
+    assert "evil.py), which is not run unasked" in found.remarks[0]
 
 
 def test_a_tokenizer_longer_than_the_embeddings_is_a_remark(output: Path) -> None:
