@@ -89,7 +89,7 @@ def evaluate(
     for line in expect_fit(spec, checkpoint.folder, shapes, splits=(split,)):
         on_remark(line)
     chosen = choose_device(device, local_resources()[1])
-    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, device=chosen)
+    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, devices=(chosen,))
     return EvaluationResult(
         model=model, split=split, metrics=metrics, scores=scores, seconds=time.monotonic() - started
     )

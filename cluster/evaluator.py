@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,7 @@ from raymerge.merge_actors.methods import SPARSIFIERS
 from raymerge.merge_actors.run_memory import RunMemory
 from raymerge.merge_actors.task import HubModel, PieceReport, RunContext, TaskReport
 from raymerge.stats.evaluation.evaluate import prepare_task
+from raymerge.stats.evaluation.parts import COMFORTABLE_SHARE
 from raymerge.stats.evaluation.prepared import PreparedTask
 from raymerge.stats.evaluation.task_spec import Split
 from raymerge.stats.evaluation.tasks import EvaluationSpec
@@ -65,6 +66,8 @@ class EvaluatorJob:
     """Threads that merge, and that run batches."""
     num_slots: int = 1
     """Models held at a time: with two, one is merged while the other is scored."""
+    num_devices: int = 1
+    """GPUs that a model is spread over; on CPUs a model in several parts takes the same road."""
     share: float = 1.0
     """Share of the node's memory, or of the GPU, that is this evaluator's."""
 
@@ -98,30 +101,35 @@ class ScoreReport:
 class Evaluator:
     """Merges and scores points, one at a time in each slot."""
 
-    def __init__(self, job: EvaluatorJob) -> None:
-        """Take the job; sources are mapped and structures built when points ask for them."""
+    def __init__(self, job: EvaluatorJob, number: int = 0) -> None:
+        """Take the job; sources are mapped and structures built when points ask for them.
+
+        Args:
+            job: of all evaluators.
+            number: among those that see the same GPUs: each takes its own.
+        """
         import torch
 
         # Every operation runs on one thread, and threads run whole tasks and batches: no result
         # depends on how many there are.
         torch.set_num_threads(1)
         self._job = job
-        self._sources = _sources(job)
+        devices = _devices(job, number)
+        gpus = [] if job.device == "cpu" else [torch.device(device).index for device in devices]
+        self._sources = _sources(job, devices)
         self._files = MemoryFiles(self._sources)
         self._memory = RunMemory(
             states=KnownStates(SPARSIFIERS),
             directions=Directions(SPARSIFIERS, int(available_bytes() * _DIRECTIONS_SHARE * job.share)),
             sums=KnownSums(int(available_bytes() * _SUMS_SHARE * job.share)),
         )
-        self._group = ResidentGroup(job.num_threads, self._files, job.device, self._memory)
+        self._group = ResidentGroup(job.num_threads, self._files, gpus, self._memory)
         self._threads = ThreadPoolExecutor(
             job.num_threads if job.device == "cpu" else 1, thread_name_prefix="score"
         )
         self._opened = OpenedInputs()
         self._folders = ModelFolders()
-        self._slots = [
-            ModelSlot(number, job.evaluation, self._files, job.device) for number in range(job.num_slots)
-        ]
+        self._slots = [ModelSlot(slot, job.evaluation, self._files, devices) for slot in range(job.num_slots)]
         self._folder_of_slot: dict[int, ModelFolder] = {}
         self._prepared: dict[tuple[str, Split], list[PreparedTask]] = {}
         self._merging, self._preparing = threading.Lock(), threading.Lock()
@@ -267,15 +275,30 @@ class _Reports(Journal):
         return (piece for report in self.done.values() for piece in report.pieces)
 
 
-def _sources(job: EvaluatorJob) -> MappedSources:
-    """Make the place for sources, bounded by the memory that is free now."""
-    if job.device != "cuda":
+def _devices(job: EvaluatorJob, number: int) -> tuple[str, ...]:
+    """Return the devices of an evaluator: as many GPUs as it has, or the one that it shares."""
+    if job.device == "cpu":
+        return ("cpu",) * job.num_devices
+    import torch
+
+    first = number * job.num_devices if job.num_devices > 1 else int(number * job.share + 1e-9)
+    num_gpus = torch.cuda.device_count()
+    return tuple(f"cuda:{(first + i) % num_gpus}" for i in range(job.num_devices))
+
+
+def _sources(job: EvaluatorJob, devices: Sequence[str]) -> MappedSources:
+    """Make the place for sources, bounded by the memory that is free now, and on GPUs when a file comes."""
+    if job.device == "cpu":
         return MappedSources(source_budget_bytes())
     import torch
 
-    _, total = torch.cuda.mem_get_info()
-    on_device = int(total * job.share * _SOURCES_SHARE)
-    return MappedSources(source_budget_bytes(), device="cuda", device_budget_bytes=on_device)
+    totals = {device: torch.cuda.mem_get_info(device)[1] for device in devices}
+
+    def room_of(device: str) -> int:
+        return int(torch.cuda.mem_get_info(device)[0] - totals[device] * COMFORTABLE_SHARE)
+
+    budgets = {device: int(total * job.share * _SOURCES_SHARE) for device, total in totals.items()}
+    return MappedSources(source_budget_bytes(), device_budgets=budgets, room_of=room_of)
 
 
 def source_budget_bytes() -> int:

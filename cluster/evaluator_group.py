@@ -99,7 +99,7 @@ class ThreadEvaluators:
     def start(self) -> None:
         """Make the evaluators."""
         if not self._evaluators:
-            self._evaluators = [Evaluator(self._job) for _ in range(self._num_evaluators)]
+            self._evaluators = [Evaluator(self._job, number) for number in range(self._num_evaluators)]
             self._pool = concurrent.futures.ThreadPoolExecutor(
                 2 * self._num_evaluators, thread_name_prefix="evaluator"
             )

@@ -188,7 +188,8 @@ def _leave_if_broken() -> None:
     import torch
 
     try:
-        torch.cuda.synchronize()
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(gpu)
         torch.cuda.empty_cache()
     except RuntimeError:
         os._exit(1)

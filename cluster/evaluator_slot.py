@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.campaign import PlannedWave
 from raymerge.cluster.evaluator_folders import ModelFolder
+from raymerge.cluster.progress import gib
+from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.errors import RaymergeError
 from raymerge.merge_actors.memory_files import MemoryFiles
+from raymerge.stats.evaluation.parts import COMFORTABLE_SHARE
 from raymerge.stats.evaluation.prepared import PreparedTask
 from raymerge.stats.evaluation.resident import ResidentModel
 from raymerge.stats.evaluation.scores import Estimate, Scores, concatenate
@@ -21,22 +24,28 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Share of a GPU that a second model has to leave free.
-_ACTIVATIONS_SHARE = 0.2
-
-
 class NoRoomError(RaymergeError):
-    """The device has no room for another model beside the one that is there."""
+    """A device has no room for the model, or for another one beside that which is there."""
 
 
 class ModelSlot:
     """A model that is rewritten in place point after point; built anew when points need another structure."""
 
-    def __init__(self, number: int, evaluation: EvaluationSpec, files: MemoryFiles, device: str) -> None:
+    def __init__(
+        self, number: int, evaluation: EvaluationSpec, files: MemoryFiles, devices: Sequence[str]
+    ) -> None:
+        """Make a slot without a model.
+
+        Args:
+            number: of the slot; 0 is the one that an evaluator cannot do without.
+            evaluation: the tasks.
+            files: of the evaluator.
+            devices: which the model is spread over.
+        """
         self._number = number
         self.folder = f"memory:{number}"
         """Output folder in the plans of the points that are merged here."""
-        self._evaluation, self._files, self._device = evaluation, files, device
+        self._evaluation, self._files, self._devices = evaluation, files, tuple(devices)
         self._model: ResidentModel | None = None
         self._tensors: Mapping[str, torch.Tensor] = {}
         self._structure = ""
@@ -63,28 +72,38 @@ class ModelSlot:
         model = ResidentModel(
             self._evaluation.tasks,
             folder.path,
-            device=self._device,
+            devices=self._devices,
             dtype=_torch_dtype(self._evaluation.dtype),
         )
-        model.check({name: shape for name, (_, shape) in shapes.items()})
+        device_of = model.place(shapes)
         self._tensors = {}  # what was there is freed before the new memory is taken
         self._files.drop(self.folder)
-        self._expect_room(plan.layout.num_bytes)
-        self._tensors = self._files.lay_out(self.folder, plan.layout, shapes, self._device)
+        self._expect_room(shapes, device_of)
+        self._tensors = self._files.lay_out(self.folder, plan.layout, shapes, self._devices, device_of)
         model.bind(self._tensors)
         for module in {id(each): each for each in map(model.module, self._evaluation.tasks)}.values():
             module.register_forward_pre_hook(self._count)
         self._model, self._structure = model, folder.fingerprint
 
-    def _expect_room(self, num_bytes: int) -> None:
-        """Refuse a second model where it would leave too little for activations."""
-        if self._number == 0 or self._device == "cpu":
+    def _expect_room(
+        self, shapes: Mapping[str, tuple[str, tuple[int, ...]]], device_of: Mapping[str, int]
+    ) -> None:
+        """Refuse a model that does not fit, and a second one where it would leave too little for activations."""
+        if self._devices[0] == "cpu":
             return
         import torch
 
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        if num_bytes + total_bytes * _ACTIVATIONS_SHARE > free_bytes:
-            raise NoRoomError(f"{num_bytes:,} bytes of another model do not fit {free_bytes:,} free ones")
+        needed = [0] * len(self._devices)
+        for name, (dtype, shape) in shapes.items():
+            needed[device_of[name]] += math.prod(shape) * element_bytes(dtype)
+        torch.cuda.empty_cache()
+        for device, num_bytes in zip(self._devices, needed, strict=True):
+            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+            if num_bytes + (total_bytes * COMFORTABLE_SHARE if self._number else 0) > free_bytes:
+                raise NoRoomError(
+                    f"{gib(num_bytes)} of the merged model do not fit the {gib(free_bytes)} that are free on "
+                    f"{device}; give an evaluator more than {len(self._devices)} GPUs (--gpus-per-evaluator)"
+                )
 
     def refresh(self) -> None:
         """Bring the model up to date with the merged tensors."""

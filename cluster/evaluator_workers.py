@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import queue
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Report, carry_out
 from raymerge.merge_actors.memory_files import MemoryFiles
@@ -21,9 +21,18 @@ from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 class ResidentGroup:
     """Workers on threads of this process that share one `MemoryFiles`."""
 
-    def __init__(self, num_workers: int, files: MemoryFiles, device: str, memory: RunMemory) -> None:
+    def __init__(self, num_workers: int, files: MemoryFiles, gpus: Sequence[int], memory: RunMemory) -> None:
+        """Take what the workers share.
+
+        Args:
+            num_workers: threads.
+            files: of the evaluator.
+            gpus: where to merge, by number; none for the CPU. Points are merged on all of them.
+            memory: of earlier points.
+        """
         # A GPU does not get faster by more threads than keep its stream filled.
-        self._num_workers = num_workers if device == "cpu" else min(num_workers, NUM_LANES)
+        self._num_workers = min(num_workers, NUM_LANES * len(gpus)) if gpus else num_workers
+        self._gpus = tuple(gpus)
         self._files, self._memory = files, memory
         self._workers: list[MergeWorker] = []
         self._pools: list[concurrent.futures.ThreadPoolExecutor] = []
@@ -37,7 +46,8 @@ class ResidentGroup:
         self._events = queue.SimpleQueue()
         if not self._workers:
             for number in range(self._num_workers):
-                self._workers.append(MergeWorker(context, self._files, memory=self._memory))
+                gpu = self._gpus[number % len(self._gpus)] if self._gpus else 0
+                self._workers.append(MergeWorker(context, self._files, gpu, self._memory))
                 self._pools.append(
                     concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"merge-{number}")
                 )

@@ -1,8 +1,8 @@
 """Inputs that stay in memory between merges: files mapped once, with all their pages.
 
 The pages are those of the kernel's cache, so the evaluators of a node share them, and a file costs
-the disk one pass. On a GPU a file is copied to the device as far as that has room; what is not
-there goes through pinned buffers like every other merge.
+the disk one pass. On GPUs a file is copied to the one with the most room, if any has enough; what
+is not there goes through pinned buffers like every other merge.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,28 +29,34 @@ class Source(NamedTuple):
     memory: mmap.mmap
     """What they lie in."""
     on_device: torch.Tensor | None
-    """The same on the device, if there is room."""
+    """The same on a device, if there is room."""
 
 
 class MappedSources:
     """Whole files, up to a bound."""
 
-    def __init__(self, budget_bytes: int, *, device: str = "cpu", device_budget_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        device_budgets: Mapping[str, int] | None = None,
+        room_of: Callable[[str], int] = lambda device: 1 << 62,
+    ) -> None:
         """Take the bounds; nothing is mapped yet.
 
         Args:
             budget_bytes: of all files together, in host memory. What comes later is not mapped.
-            device: where the copies are, if they fit.
-            device_budget_bytes: of the copies on the device.
+            device_budgets: bytes of the copies on each device.
+            room_of: says how many bytes a device has to spare when a file comes.
         """
         self._left = budget_bytes
-        self._device, self._device_left = device, device_budget_bytes
+        self._device_left, self._room_of = dict(device_budgets or {}), room_of
         self._files: dict[str, Source | None] = {}
         self._lock = threading.Lock()
         self.num_bytes = 0
         """Bytes of the files that were mapped so far: what was read from the disk, or its cache."""
         self.num_device_bytes = 0
-        """Bytes of the copies on the device."""
+        """Bytes of the copies on devices."""
 
     def find(self, path: str) -> Source | None:
         """Return a file's bytes, not to be written to; None where there was no room for it, or no such file."""
@@ -76,11 +83,18 @@ class MappedSources:
         self._left -= num_bytes
         self.num_bytes += num_bytes
         data = _array_over(memory)
-        if num_bytes > self._device_left:
+        device = self._device_for(num_bytes)
+        if device is None:
             return Source(data, memory, None)
-        self._device_left -= num_bytes
+        self._device_left[device] -= num_bytes
         self.num_device_bytes += num_bytes
-        return Source(data, memory, _copied(data, self._device))
+        return Source(data, memory, _copied(data, device))
+
+    def _device_for(self, num_bytes: int) -> str | None:
+        """Return the device with the most left for a file; None where it does not fit."""
+        left = {device: min(budget, self._room_of(device)) for device, budget in self._device_left.items()}
+        device = max(left, key=lambda each: left[each], default=None)
+        return None if device is None or num_bytes > left[device] else device
 
 
 def available_bytes() -> int:

@@ -64,35 +64,43 @@ class MemoryFiles(StorageFiles):
         return self._sliced_bytes + mapped_bytes + self._remote.fetched_bytes
 
     def lay_out(
-        self, folder: str, layout: Layout, shapes: Mapping[str, tuple[str, tuple[int, ...]]], device: str
+        self,
+        folder: str,
+        layout: Layout,
+        shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+        devices: Sequence[str] = ("cpu",),
+        device_of: Mapping[str, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Make the tensors of an output in one piece of memory; a folder laid out before is replaced.
+        """Make the tensors of an output, in one piece of memory a device; a folder laid out before is replaced.
 
         Args:
             folder: the output's folder in the plan; nothing of it exists on a disk.
             layout: its files.
             shapes: dtype and shape of every tensor, by name.
-            device: where the memory is.
+            devices: where the memory is.
+            device_of: on which of them each tensor is, by number; None for all on the first.
 
         Returns:
             the tensors by name, zeros, in the order of the layout.
         """
-        import torch
-
         self.drop(folder)
         places = [(file, name, *place) for file in layout.files for name, place in file.tensors.items()]
-        total = sum(_aligned(end - begin) for _, _, begin, end in places)
-        memory = torch.zeros(total + _ALIGNMENT, dtype=torch.uint8, device=device)
-        at = -memory.data_ptr() % _ALIGNMENT
+        numbers = {name: device_of[name] if device_of else 0 for _, name, _, _ in places}
+        totals = [0] * len(devices)
+        for _, name, begin, end in places:
+            totals[numbers[name]] += _aligned(end - begin)
+        memories = [_zeros(total, device) for total, device in zip(totals, devices, strict=True)]
+        used = [0] * len(devices)
         tensors: dict[str, torch.Tensor] = {}
         in_file: dict[str, list[tuple[int, torch.Tensor]]] = {file.name: [] for file in layout.files}
         for file, name, begin, end in places:
-            raw = memory[at : at + end - begin]
+            at = used[numbers[name]]
+            raw = memories[numbers[name]][at : at + end - begin]
             dtype, shape = shapes[name]
             tensors[name] = raw.view(torch_dtype(dtype)).view(shape)
             if end > begin:
                 in_file[file.name].append((begin, raw))
-            at += _aligned(end - begin)
+            used[numbers[name]] += _aligned(end - begin)
         for file_name, found in in_file.items():
             found.sort(key=lambda each: each[0])
             self._outputs[f"{folder}/{file_name}"] = _OutputFile(
@@ -164,6 +172,14 @@ class MemoryFiles(StorageFiles):
         if number < 0 or first + num_bytes > file.bytes_of[number].numel():
             raise OutputError(f"{path} has no tensor at bytes [{offset}, {offset + num_bytes})")
         return file.bytes_of[number][first : first + num_bytes]
+
+
+def _zeros(num_bytes: int, device: str) -> torch.Tensor:
+    """Return bytes that begin at an aligned address."""
+    import torch
+
+    memory = torch.zeros(num_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
+    return memory[-memory.data_ptr() % _ALIGNMENT :]
 
 
 def _aligned(num_bytes: int) -> int:

@@ -69,7 +69,7 @@ def evaluate_checkpoint(
     evaluation: EvaluationSpec,
     split: Split = "validation",
     *,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
 ) -> tuple[dict[str, Estimate], dict[str, Scores]]:
     """Score a checkpoint on disk.
 
@@ -77,13 +77,13 @@ def evaluate_checkpoint(
         checkpoint: its headers.
         evaluation: the tasks.
         split: which of their data.
-        device: where the model runs.
+        devices: where the model runs; spread over all of them.
 
     Returns:
         metrics by "task.metric"; and the scores per example by task.
     """
     prepared = [prepare_task(task, split, checkpoint.folder) for task in evaluation.tasks]
-    resident = load_resident(checkpoint, evaluation.tasks, device=device, dtype=_dtype(evaluation.dtype))
+    resident = load_resident(checkpoint, evaluation.tasks, devices=devices, dtype=_dtype(evaluation.dtype))
     found: dict[str, Estimate] = {}
     scores: dict[str, Scores] = {}
     for task in prepared:

@@ -13,12 +13,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
-from raymerge.merge_actors.dtypes import torch_dtype
+from raymerge.merge_actors.dtypes import from_torch_name, torch_dtype
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.files import LocalFiles
-from raymerge.stats.evaluation.fused import Part, find_parts
-from raymerge.stats.evaluation.structures import Structure, build_structure
+from raymerge.stats.evaluation.block_hooks import SpreadBlocks
+from raymerge.stats.evaluation.fused import find_parts
+from raymerge.stats.evaluation.needs import needs_of
+from raymerge.stats.evaluation.parts import ModelNeeds
+from raymerge.stats.evaluation.placement import (
+    Placement,
+    Stored,
+    WeightBytes,
+    in_dtype,
+    place,
+    usual_dtype,
+    weigh,
+)
+from raymerge.stats.evaluation.structures import Binding, Structure, build_structure
 from raymerge.stats.evaluation.task_spec import TaskSpec
+from raymerge.stats.linear_maps import block_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +39,6 @@ if TYPE_CHECKING:
 
 #: A pooler that an encoder can do without: checkpoints trained on masked tokens have none.
 _POOLER = "pooler.dense.weight"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Binding:
-    """Where one parameter comes from."""
-
-    key: int
-    """Of the parameter in its structure."""
-    full: str
-    """Its name in the model."""
-    parts: tuple[Part, ...]
-    """Tensors that make it."""
-    is_head: bool
-    """The tensors are the head checkpoint's."""
 
 
 @dataclass(slots=True)
@@ -60,7 +59,7 @@ class ResidentModel:
         tasks: Sequence[TaskSpec],
         folder: str,
         *,
-        device: str = "cpu",
+        devices: Sequence[str] = ("cpu",),
         dtype: torch.dtype | None = None,
     ) -> None:
         """Build the structures; no weights are read but those of the heads.
@@ -68,14 +67,19 @@ class ResidentModel:
         Args:
             tasks: whose models are needed; those that run the same model share it.
             folder: config.json and tokenizer of the models to score.
-            device: where the model runs.
+            devices: where the models run: on one, or spread over several, block after block.
             dtype: of parameters and activations; None takes the merged tensors' (the most frequent).
 
         Raises:
             RecipeError: a head does not fit the model.
             CheckpointError: a head cannot be read.
         """
-        self.folder, self.device, self.dtype = folder, device, dtype
+        self.folder, self.dtype = folder, dtype
+        self.device = devices[0]
+        """Where inputs go in and outputs come out."""
+        self._tasks, self._devices = tuple(tasks), tuple(devices)
+        self._placement: Placement | None = None
+        self._hooks: list[SpreadBlocks] = []
         self._trusts_code = any(task.trust_remote_code for task in tasks)
         self._tokenizer: Any = None
         self._structures: dict[tuple[str | None, ...], Structure] = {}
@@ -109,24 +113,67 @@ class ResidentModel:
         for structure in self._structures.values():
             _match(structure, shapes)
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make merged tensors the parameters of every model; they may be rewritten in place afterwards.
+    def needs(self, stored: Stored) -> ModelNeeds:
+        """Say what the models take of devices' memory.
 
         Args:
-            tensors: by their names in a checkpoint; tied ones under all names or under one.
+            stored: dtype and shape of the merged tensors.
 
         Raises:
             RecipeError: as `check`.
             MismatchError: as `check`.
         """
-        self.dtype = self.dtype or _usual_dtype(tensors)
+        return self._weigh(stored)[1]
+
+    def place(self, stored: Stored) -> Mapping[str, int]:
+        """Choose the device, by number, of every merged tensor; `bind` wants them there.
+
+        Args:
+            stored: their dtypes and shapes.
+
+        Raises:
+            RecipeError: as `check`.
+            MismatchError: as `check`.
+        """
+        weights, needs = self._weigh(stored)
+        structures = list(self._structures.values())
+        self._placement = place(structures, stored, weights, needs, len(self._devices))
+        return self._placement.of_tensor
+
+    def _weigh(self, stored: Stored) -> tuple[WeightBytes, ModelNeeds]:
+        self.check({name: shape for name, (_, shape) in stored.items()})
+        structures = list(self._structures.values())
+        dtype = self.dtype or torch_dtype(usual_dtype(stored) or "F32")
+        weights = weigh(structures, stored, dtype)
+        return weights, needs_of(structures, self._tasks, weights, dtype)
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make merged tensors the parameters of every model; they may be rewritten in place afterwards.
+
+        Args:
+            tensors: by their names in a checkpoint; tied ones under all names or under one. Those that are
+                not where `place` wants them are copied there.
+
+        Raises:
+            RecipeError: as `check`.
+            MismatchError: as `check`.
+        """
+        stored = _stored(tensors)
+        self.dtype = self.dtype or torch_dtype(usual_dtype(stored) or "F32")
         self._copies = _Copies()
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for structure in self._structures.values():
-            for binding in _match(structure, shapes):
+        if self._placement is None:
+            self.place(stored)
+        assert self._placement is not None
+        for hooks in self._hooks:
+            hooks.close()
+        self._hooks = []
+        for structure, device_of in zip(self._structures.values(), self._placement.of_blocks, strict=True):
+            for binding in _match(structure, {name: shape for name, (_, shape) in stored.items()}):
                 sources = _head_tensors(structure) if binding.is_head else tensors
-                structure.place(binding.key, self._parameter(structure, binding, sources))
-            self._place_buffers(structure, tensors)
+                number = device_of.get(structure.block_of(binding.key) or "", 0)
+                structure.place(binding.key, self._parameter(structure, binding, sources, number))
+            self._place_buffers(structure, tensors, device_of)
+            self._hooks.append(SpreadBlocks(structure.module, device_of, self._devices))
         self.refresh()
 
     def refresh(self) -> None:
@@ -142,22 +189,24 @@ class ResidentModel:
         """Count the bytes that `refresh` writes: 0 where the bound tensors are the parameters themselves."""
         return sum(copy.numel() * copy.element_size() for copy, _ in self._copies.pairs)
 
-    def _parameter(self, structure: Structure, binding: _Binding, sources: Mapping[str, Any]) -> Any:
+    def _parameter(
+        self, structure: Structure, binding: Binding, sources: Mapping[str, Any], number: int
+    ) -> Any:
         """Return the tensor that a parameter is to be: a bound one, or a copy that `refresh` fills."""
         import torch
 
         first = sources[binding.parts[0].name]
         is_float = first.is_floating_point()
         dtype = self.dtype if is_float else first.dtype
-        device = torch.device(self.device)
+        device = torch.device(self._devices[number])
         is_there = first.device.type == device.type and device.index in (None, first.device.index)
         if binding.parts[0].view is None and first.dtype == dtype and is_there:
             return first
         owner = structure.head_folder if binding.is_head else None
-        identity = (owner, *((part.name, part.view) for part in binding.parts))
+        identity = (owner, number, *((part.name, part.view) for part in binding.parts))
         if identity not in self._copies.made:
             shape = structure.shape(binding.key)
-            copy = self._copies.made[identity] = torch.empty(shape, dtype=dtype, device=self.device)
+            copy = self._copies.made[identity] = torch.empty(shape, dtype=dtype, device=device)
             for part in binding.parts:
                 target = copy if part.view is None else part.view.of(copy)
                 if binding.is_head:
@@ -166,10 +215,14 @@ class ResidentModel:
                     self._copies.pairs.append((target, sources[part.name]))
         return self._copies.made[identity]
 
-    def _place_buffers(self, structure: Structure, tensors: Mapping[str, Any]) -> None:
-        """Move computed buffers to the device; those that checkpoints hold become copies of the merged ones."""
+    def _place_buffers(
+        self, structure: Structure, tensors: Mapping[str, Any], device_of: Mapping[str, int]
+    ) -> None:
+        """Move computed buffers to their devices; those that checkpoints hold become copies of the merged ones."""
+        blocks = tuple(device_of)
         for name, buffer in list(structure.module.named_buffers()):
-            moved = buffer.to(self.device)
+            block = block_of(name, blocks)
+            moved = buffer.to(self._devices[0 if block is None else device_of[blocks[block]]])
             module_name, _, last = name.rpartition(".")
             structure.module.get_submodule(module_name)._buffers[last] = moved
             if name in tensors and tensors[name].shape == moved.shape:
@@ -185,17 +238,20 @@ def load_resident(
     checkpoint: Checkpoint,
     tasks: Sequence[TaskSpec],
     *,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     dtype: torch.dtype | None = None,
 ) -> ResidentModel:
-    """Read a checkpoint and bind it: a model that is scored once."""
+    """Read a checkpoint and bind it: a model that is scored once, on one device or spread over several."""
     import torch
 
-    resident = ResidentModel(tasks, checkpoint.folder, device=device, dtype=dtype)
-    resident.check({name: tensor.shape for name, tensor in checkpoint.tensors.items()})
-    tensors = read_tensors(checkpoint, checkpoint.tensors)
-    wanted = dtype or _usual_dtype(tensors)
-    for name, tensor in tensors.items():  # one by one, so that two of a tensor are never there together
+    stored: Stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wanted = dtype or torch_dtype(usual_dtype(stored) or "F32")
+    resident = ResidentModel(tasks, checkpoint.folder, devices=devices, dtype=wanted)
+    number_of = resident.place(in_dtype(stored, wanted))
+    tensors = {}
+    for name in checkpoint.tensors:  # one by one, so that the host never holds the model
+        tensor = read_tensors(checkpoint, [name])[name]
+        device = devices[number_of[name]]
         tensors[name] = tensor.to(device, wanted if torch.is_floating_point(tensor) else None)
     resident.bind(tensors | {alias: tensors[name] for alias, name in checkpoint.tied.items()})
     return resident
@@ -216,7 +272,7 @@ def read_tensors(checkpoint: Checkpoint, names: Any) -> dict[str, Any]:
     return found
 
 
-def _match(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[_Binding]:
+def _match(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[Binding]:
     """Find the tensors of every parameter: the head's in its checkpoint, all others among the merged ones."""
     found = []
     head_shapes = structure.head_shapes()
@@ -237,7 +293,7 @@ def _match(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[_B
                 f"{structure.where}: tensor {parts[0].name!r} of {whose} has the shape {tuple(given)}, but "
                 f"{type(structure.module).__name__} wants {wanted}: head and merged models are of different sizes."
             )
-        found.append(_Binding(key=key, full=names[0], parts=parts, is_head=from_head))
+        found.append(Binding(key=key, full=names[0], parts=parts, is_head=from_head))
     structure.matched = found
     return found
 
@@ -262,11 +318,8 @@ def _head_tensors(structure: Structure) -> Mapping[str, Any]:
     return structure.head_tensors
 
 
-def _usual_dtype(tensors: Mapping[str, Any]) -> Any:
-    import torch
-
-    counts: dict[Any, int] = {}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+def _stored(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+        name: (from_torch_name(str(tensor.dtype)) or "U8", tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raymerge.merge_actors.checkpoint.files import read_json
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.stats.evaluation.fused import Part
 from raymerge.stats.evaluation.task_spec import ModelKind, TaskSpec
+from raymerge.stats.linear_maps import find_blocks
 from raymerge.stats.model_loading import building_without_weights
 from raymerge.stats.own_code import may_run, model_needs_code
 
@@ -26,6 +30,20 @@ _ENCODER_ALONE = "AutoModelForTextEncoding"
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Binding:
+    """Where one parameter comes from."""
+
+    key: int
+    """Of the parameter in its structure."""
+    full: str
+    """Its name in the model."""
+    parts: tuple[Part, ...]
+    """Tensors that make it."""
+    is_head: bool
+    """The tensors are the head checkpoint's."""
+
+
 class Structure:
     """A transformers model, and where its parameters stand."""
 
@@ -35,7 +53,7 @@ class Structure:
         self.head = head
         self.where = where
         """Key path of the first task that runs it, for errors."""
-        self.matched: Sequence[Any] = ()
+        self.matched: Sequence[Binding] = ()
         """What `resident` found for each parameter."""
         self.head_tensors: Mapping[str, Any] | None = None
         """Those of the head's checkpoint that are used, once they are read."""
@@ -47,6 +65,45 @@ class Structure:
                 full = f"{module_name}.{name}" if module_name else name
                 self._places.setdefault(id(parameter), []).append((part, name, full))
                 self._shapes[id(parameter)] = tuple(parameter.shape)
+
+    @functools.cached_property
+    def all_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order in which they run."""
+        return find_blocks(self.module)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that can lie anywhere: they share no parameter with what is outside of them."""
+        return tuple(block for block in self.all_blocks if block not in self._sharing)
+
+    def block_of(self, key: int) -> str | None:
+        """Return which of `blocks` a parameter belongs to; None if it is outside of them."""
+        return self._block_of.get(key)
+
+    @functools.cached_property
+    def _sharing(self) -> frozenset[str]:
+        owners = self._owners.values()
+        return frozenset(block for each in owners if len(each) > 1 for block in each if block is not None)
+
+    @functools.cached_property
+    def _block_of(self) -> dict[int, str]:
+        return {
+            key: block
+            for key, (block, *_) in self._owners.items()
+            if block is not None and block not in self._sharing
+        }
+
+    @functools.cached_property
+    def _owners(self) -> dict[int, tuple[str | None, ...]]:
+        """The blocks that every parameter stands in, None for the place outside of all."""
+        block_of: dict[str, str] = {}
+        for block in self.all_blocks:
+            for name, _ in self.module.get_submodule(block).named_parameters(remove_duplicate=False):
+                block_of[f"{block}.{name}"] = block
+        return {
+            key: tuple(dict.fromkeys(block_of.get(full) for _, _, full in places))
+            for key, places in self._places.items()
+        }
 
     @property
     def head_folder(self) -> str | None:
