@@ -5,8 +5,10 @@
 
 The plain program reads every input once, 8 MiB a request, and writes as many bytes as the output has, in as many
 files: on the disk as `floor.py` does, in a store with pyarrow alone, as many requests in flight as the merge has.
-The merge is `Session.merge` of three fine-tunes by task arithmetic, headers, journal and commit included, in this
-process, so that neither side starts anything. The aim is a merge within 1.3 times the plain program.
+The merge is `Session.merge` of three fine-tunes by task arithmetic, headers, journal and commit included, on workers
+that have merged before, so that neither side starts anything. The disk is measured twice: with the inputs dropped
+from the page cache before every run, which is the disk, and with them in it, which is memory against arithmetic.
+The aim is a merge within 1.3 times the plain program.
 """
 
 from __future__ import annotations
@@ -22,10 +24,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from floor import BUFFER_BYTES, floor_seconds, weight_files
+from floor import BUFFER_BYTES, evict, floor_seconds, weight_files
 from kept_file import Report, Spread, add_folder_options
 from make_models import make_models
 from model_shapes import LLAMA_SHAPES
@@ -38,6 +38,8 @@ from raymerge.merge_actors.storage.staged_outputs import PART_BYTES, PARTS_IN_FL
 from raymerge.merge_actors.storage.store import store_of
 
 TARGET = 1.3
+#: Name, bytes read and written, seconds of the plain program, seconds of the merge.
+_Row = tuple[str, int, Spread, Spread]
 _BUCKET = "benchmark"
 #: Ends with whoever started it, however that ends: its input is then at its end.
 _SERVER = """
@@ -51,74 +53,87 @@ main(sys.argv[1:])
 def main() -> None:
     """Parse the options, measure both places, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=LLAMA_SHAPES, default="small")
+    parser.add_argument("--disk-shape", choices=LLAMA_SHAPES, default="1.1b", help="of models on the disk")
+    parser.add_argument("--shape", choices=LLAMA_SHAPES, default="small", help="of models in the store")
     parser.add_argument(
-        "--shard-size", default="16MB", help="of inputs and output; moto reads an object whole for any range"
+        "--shard-size",
+        default="16MB",
+        help="of files in the store; moto reads an object whole for any range",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--uri", help="folder in a store [default: an S3 server started here]")
     add_folder_options(parser)
     options = parser.parse_args()
+    report = Report(
+        "storage",
+        "A merge against a plain reader and writer",
+        {
+            "on the disk": f"{options.disk_shape} (base and 3 fine-tunes, bf16)",
+            "in the store": f"{options.shape}, in files of {options.shard_size}",
+            "workers": options.workers,
+            "runs": options.runs,
+            "store": "given" if options.uri else "moto, one process on loopback",
+        },
+    )
+    rows = _on_disk(options)
+    with _store(options.uri) as uri:
+        rows.append(_in_store(uri, options))
+    table = []
+    for name, num_bytes, plain, merged in rows:
+        ratio = merged.median / plain.median
+        rate = num_bytes / merged.median / 1e9
+        report.data[name] = {"bytes": num_bytes, "plain": plain, "merge": merged, "ratio": ratio}
+        table.append((name, f"{num_bytes / 1e9:.2f}", plain, merged, f"{ratio:.2f}", f"{rate:.2f}"))
+    report.text("GB are read and written. Seconds: least / median / greatest.")
+    report.table(("place", "GB", "plain (s)", "merge (s)", "ratio", "merge GB/s"), table)
+    report.text(f"The aim is a ratio of at most {TARGET}.")
+    report.write(options.results)
+
+
+def _on_disk(options: argparse.Namespace) -> list[_Row]:
+    base, fine_tunes = make_models(
+        options.work / "models" / options.disk_shape, LLAMA_SHAPES[options.disk_shape]
+    )
+    models = [base, *fine_tunes]
+    files = [file for model in models for file in weight_files(model)]
+    recipe = write_recipe(options.work / "storage.yaml", "task_arithmetic", base, fine_tunes)
+    out = options.work / "storage-out"
+    rows: list[_Row] = []
+    with raymerge.Session(workers=options.workers, device="cpu") as session:
+        for name, is_cold in (("disk", True), ("page cache", False)):
+
+            def prepare(is_cold: bool = is_cold) -> None:
+                shutil.rmtree(out, ignore_errors=True)
+                if is_cold:
+                    evict(files)
+
+            floor = floor_seconds(
+                models, options.work, workers=options.workers, runs=options.runs, is_cold=is_cold
+            )
+            plain = Spread(
+                min=floor["min_seconds"],
+                median=floor["median_seconds"],
+                max=floor["max_seconds"],
+                runs=options.runs,
+            )
+            merged = _time(lambda: session.merge(recipe, out), options.runs, prepare)
+            rows.append((name, int(floor["bytes_read"] + floor["bytes_written"]), plain, merged))
+    shutil.rmtree(out)
+    return rows
+
+
+def _in_store(uri: str, options: argparse.Namespace) -> _Row:
     base, fine_tunes = make_models(
         options.work / "models" / f"{options.shape}-{options.shard_size}",
         LLAMA_SHAPES[options.shape],
         shard_size=options.shard_size,
     )
     models = [base, *fine_tunes]
-    report = Report(
-        "storage",
-        "A merge against a plain reader and writer",
-        {
-            "shape": f"{options.shape} (base and 3 fine-tunes, bf16)",
-            "files of": options.shard_size,
-            "workers": options.workers,
-            "runs": options.runs,
-            "store": "given" if options.uri else "moto, one process on loopback",
-        },
-    )
-    num_bytes = sum(file.stat().st_size for model in models for file in weight_files(model))
-    num_bytes += sum(file.stat().st_size for file in weight_files(base))
-    with raymerge.Session(in_process=True, workers=options.workers, device="cpu") as session:
-        rows = [_on_disk(session, models, options)]
-        with _store(options.uri) as uri:
-            rows.append(_in_store(session, models, uri, options))
-    table = []
-    for name, plain, merged in rows:
-        ratio = merged.median / plain.median
-        rate = num_bytes / merged.median / 1e9
-        report.data[name] = {"plain": plain, "merge": merged, "ratio": ratio}
-        table.append((name, plain, merged, f"{ratio:.2f}", f"{rate:.2f}"))
-    report.text(
-        f"{num_bytes / 1e9:.2f} GB read and written. Seconds: least / median / greatest; page cache warm."
-    )
-    report.table(("place", "plain (s)", "merge (s)", "ratio", "merge GB/s"), table)
-    report.text(f"The aim is a ratio of at most {TARGET}.")
-    report.write(options.results)
-
-
-def _on_disk(session: Any, models: list[Path], options: Any) -> tuple[str, Spread, Spread]:
-    floor = floor_seconds(models, options.work, workers=options.workers, runs=options.runs)
-    recipe = write_recipe(options.work / "storage.yaml", "task_arithmetic", models[0], models[1:])
-    out = options.work / "storage-out"
-
-    def merge() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        session.merge(recipe, out, out_shard_size=options.shard_size)
-
-    merged = _time(merge, options.runs)
-    shutil.rmtree(out)
-    plain = Spread(
-        min=floor["min_seconds"], median=floor["median_seconds"], max=floor["max_seconds"], runs=options.runs
-    )
-    return "disk", plain, merged
-
-
-def _in_store(session: Any, models: list[Path], uri: str, options: Any) -> tuple[str, Spread, Spread]:
     for model in models:
         for path in model.iterdir():
             store_of(uri).write(f"{uri}/{model.name}/{path.name}", [path.read_bytes()], blocks_in_flight=1)
-    text = write_recipe(options.work / "storage.yaml", "task_arithmetic", models[0], models[1:]).read_text()
+    text = write_recipe(options.work / "storage.yaml", "task_arithmetic", base, fine_tunes).read_text()
     for model in models:
         text = text.replace(os.fspath(model), f"{uri}/{model.name}")
     sizes = {
@@ -126,14 +141,16 @@ def _in_store(session: Any, models: list[Path], uri: str, options: Any) -> tuple
         for model in models
         for file in weight_files(model)
     }
-    written = [file.stat().st_size for file in weight_files(models[0])]
+    written = [file.stat().st_size for file in weight_files(base)]
     plain = _time(lambda: _plain(sizes, written, f"{uri}/plain", options.workers), options.runs)
-    merged = _time(
-        lambda: session.merge(text, f"{uri}/out", overwrite=True, out_shard_size=options.shard_size),
-        options.runs,
-    )
+    # Workers that start now see the store's address and credentials in their environment.
+    with raymerge.Session(workers=options.workers, device="cpu") as session:
+        merged = _time(
+            lambda: session.merge(text, f"{uri}/out", overwrite=True, out_shard_size=options.shard_size),
+            options.runs,
+        )
     delete_folder(uri)
-    return "store", plain, merged
+    return "store", sum(sizes.values()) + sum(written), plain, merged
 
 
 def _plain(sizes: dict[str, int], written: list[int], out: str, workers: int) -> None:
@@ -161,10 +178,12 @@ def _plain(sizes: dict[str, int], written: list[int], out: str, workers: int) ->
         list(pool.map(write, enumerate(written)))
 
 
-def _time(action: Callable[[], object], runs: int) -> Spread:
+def _time(action: Callable[[], object], runs: int, prepare: Callable[[], object] = lambda: None) -> Spread:
+    prepare()
     action()  # warms caches and connections
     seconds = []
     for _ in range(runs):
+        prepare()
         begin = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - begin)
