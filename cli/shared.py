@@ -34,7 +34,11 @@ _RECIPE_OPTIONS = (
     click.option("--seed", type=int, help="Seed of the random masks [default: the recipe's, else 0]."),
     click.option("--allow-pickle", is_flag=True, help="Read PyTorch .bin files, weights only."),
     trust_option,
-    click.option("--strict", is_flag=True, help="Refuse recipe keys that have no effect."),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse recipe keys without effect, and heads of labels that may differ.",
+    ),
 )
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import xxhash
 
-from raymerge.cluster.heads import Heads, plan_heads
-from raymerge.cluster.match import match
-from raymerge.cluster.matched import LoadedModel
+from raymerge.cluster.heads import Heads, label_remarks, plan_heads
+from raymerge.cluster.match import KnownOperands, match
+from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
@@ -146,6 +146,8 @@ def plan_wave(
     options: MergeOptions,
     results: Mapping[str, str],
     opened: OpenedInputs | None = None,
+    *,
+    strict: bool = False,
 ) -> PlannedWave:
     """Open all models of some recipes and plan their merge, from headers alone.
 
@@ -155,6 +157,7 @@ def plan_wave(
         options: slice and shard size.
         results: folders of earlier recipes' results, by name.
         opened: keeps what has been opened from one call to the next; None opens everything anew.
+        strict: refuse heads that may not mean the same.
 
     Raises:
         RaymergeError: whatever is wrong with recipes or models.
@@ -189,6 +192,7 @@ def plan_wave(
         said += vocabulary.remarks if vocabulary else ()
         remarks += [of_recipe(recipe.name, line) for line in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
+        said += label_remarks(recipe, models, strict=strict)
         plans.append(
             RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
         )

@@ -8,10 +8,11 @@ Nothing here reads a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raymerge.cluster.compare import counted
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.recipe import Recipe
@@ -118,10 +119,10 @@ def plan_heads(recipe: Recipe, models: Mapping[str, LoadedModel]) -> Heads | Non
 
     Raises:
         MismatchError: heads have different labels and the recipe does not say what to do; or they are to
-            be matched by label and a model's labels have no names.
+            be matched by label and a model's labels have no names; or a head has more or fewer rows than labels.
     """
-    merged = dict.fromkeys(use.model.key for _, layers in recipe.slices() for use in layers.sources)
-    labels = {key: found for key in merged if (found := labels_of(models[key])) is not None}
+    labels = _labels_by_model(recipe, models)
+    _refuse_faults(recipe, labels, models)
     if recipe.heads == "merge" or not labels:
         return None
     if recipe.heads is None:
@@ -141,13 +142,59 @@ def plan_heads(recipe: Recipe, models: Mapping[str, LoadedModel]) -> Heads | Non
     return Heads(policy=recipe.heads, labels=labels, union=(), donor=first, is_beside=recipe.heads == "keep")
 
 
+def label_remarks(recipe: Recipe, models: Mapping[str, LoadedModel], *, strict: bool) -> list[str]:
+    """Say so where heads are merged row by row of which some name their labels and some do not.
+
+    Args:
+        recipe: one that `plan_heads` has accepted.
+        models: by `ModelRef.key`.
+        strict: make it an error.
+
+    Raises:
+        MismatchError: there is something to say, and `strict`.
+    """
+    if recipe.heads is not None:
+        return []
+    labels = _labels_by_model(recipe, models)
+    named = [key for key, each in labels.items() if _is_named(each)]
+    unnamed = [key for key, each in labels.items() if not _is_named(each)]
+    if not named or not unnamed:
+        return []
+    line = (
+        f"labels of the head are named in {', '.join(named)} ({_some(labels[named[0]])}) but not in "
+        f"{', '.join(unnamed)} ({_some(labels[unnamed[0]])}), so their rows are merged by position all the same; "
+        "write the names into id2label of config.json, or set heads: merge if the rows mean the same"
+    )
+    if strict:
+        raise MismatchError(line)
+    return [line]
+
+
+def label_fault(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return how the rows of a classification head disagree with the labels in config.json; None if they agree."""
+    labels = _labels_in(config, tensors)
+    matrices = [
+        info
+        for info in tensors.values()
+        if is_head_tensor(info.name) and not _INNER.search(info.name) and len(info.shape) == 2
+    ]
+    if labels is None or not matrices or any(info.shape[0] == len(labels) for info in matrices):
+        return None
+    last = matrices[-1]
+    named = f"{counted(len(labels), 'label')} ({_some(labels)})"
+    return f"tensor {last.name} has {last.shape[0]:,} rows, but config.json has {named}; transformers would not load it"
+
+
 def labels_of(model: LoadedModel) -> tuple[str, ...] | None:
     """Return the labels of a classification model in the order of its rows; None for any other model."""
-    config = model.checkpoint.config
+    return _labels_in(model.checkpoint.config, model.checkpoint.tensors)
+
+
+def _labels_in(config: Mapping[str, Any], tensors: Iterable[str]) -> tuple[str, ...] | None:
     names = [str(each) for each in config.get("architectures") or ()]
     if not any(name.endswith(_CLASSIFIERS) for name in names):
         return None
-    if not any(is_head_tensor(name) for name in model.checkpoint.tensors):
+    if not any(is_head_tensor(name) for name in tensors):
         return None
     named = config.get("id2label")
     if not isinstance(named, Mapping) or not named:
@@ -181,6 +228,24 @@ def head_tensors(model: LoadedModel) -> dict[str, TensorInfo]:
     full = model.adapter.full if model.adapter else {}
     tensors = {**model.checkpoint.tensors, **full}
     return {name: info for name, info in tensors.items() if is_head_tensor(name) and is_float(info.dtype)}
+
+
+def _labels_by_model(recipe: Recipe, models: Mapping[str, LoadedModel]) -> dict[str, tuple[str, ...]]:
+    """Return the labels of the models that are merged, as far as they are classifiers, by key."""
+    merged = dict.fromkeys(use.model.key for _, layers in recipe.slices() for use in layers.sources)
+    return {key: found for key in merged if (found := labels_of(models[key])) is not None}
+
+
+def _refuse_faults(recipe: Recipe, having: Iterable[str], models: Mapping[str, LoadedModel]) -> None:
+    """Refuse models whose head, if the output gets anything of it, is not as large as its config says."""
+    if recipe.heads == "exclude":
+        return
+    for key in [recipe.heads.key] if isinstance(recipe.heads, ModelRef) else having:
+        fault = label_fault(models[key].checkpoint.config, models[key].checkpoint.tensors)
+        if fault is not None:
+            raise MismatchError(
+                f"model {key}: {fault}; mend id2label there, or leave the heads out by heads: exclude"
+            )
 
 
 def _is_named(labels: Sequence[str]) -> bool:

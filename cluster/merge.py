@@ -65,7 +65,7 @@ def merge(
         recipes: recipe files, folders of them, YAML texts or mappings.
         out: the output folder; with several recipes each has a folder of its own name in it.
         options: where and how to run.
-        strict: turn remarks about recipe keys into errors.
+        strict: turn remarks about recipe keys and about heads into errors.
         on_remark: called with each remark as soon as it is known.
         show_progress: print progress on stderr.
         workers: gives the workers, which are started if it is None; a session has its own.
@@ -98,7 +98,7 @@ def merge(
         device=options.device,
         on_remark=remark,
     )
-    run = _Run(folder, options, workers, remark, show_progress)
+    run = _Run(folder, options, workers, remark, show_progress, strict)
     outputs = _run_to_commit(run, read)
     assert run.placement is not None
     return MergeResult(
@@ -151,7 +151,9 @@ class _Run:
         workers: Workers,
         remark: Callable[[str], None],
         show_progress: bool,
+        strict: bool,
     ) -> None:
+        self.strict = strict
         self.folder, self.options, self.workers = folder, options, workers
         self.remark, self.show_progress = remark, show_progress
         self.opened = OpenedInputs()
@@ -191,13 +193,13 @@ class _Run:
     def _probe(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         """Plan recipes and say nothing about it."""
         results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
-        planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        planned = plan_wave(recipes, folders, self.options, results, self.opened, strict=self.strict)
         quick_check(recipes, planned.models)
         return planned
 
     def _plan(self, recipes: Sequence[Recipe], folders: dict[str, str]) -> PlannedWave:
         results = {name: folder for name, folder in folders.items() if self.folder.has_output(name)}
-        planned = plan_wave(recipes, folders, self.options, results, self.opened)
+        planned = plan_wave(recipes, folders, self.options, results, self.opened, strict=self.strict)
         refuse_inputs_in_output(
             self.folder.out,
             [

@@ -41,7 +41,8 @@ def plan_report(
     """
     read, remarks = read_recipes(recipes, options, strict=strict)
     ordered = waves(read)
-    wave = plan_wave(ordered[0], {recipe.name: f"OUT/{recipe.name}" for recipe in read}, options, {})
+    folders = {recipe.name: f"OUT/{recipe.name}" for recipe in read}
+    wave = plan_wave(ordered[0], folders, options, {}, strict=strict)
     return {
         **_figures(wave.plan),
         "recipes": [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymerge.cluster.compare import counted
+from raymerge.cluster.heads import label_fault
 from raymerge.cluster.load_check import LoadCheck, check_load
 from raymerge.cluster.manifest import FORMAT_VERSION
 from raymerge.cluster.parallel import map_in_order, num_usable_threads
@@ -102,6 +103,8 @@ def _verify_one(folder: str, *, load: bool, trust_code: bool) -> VerifiedOutput:
     _check_checksums(manifest["tensors"], tensors)
     seconds = time.monotonic() - started
     config = _read_small_files(folder)
+    if config is not None and (fault := label_fault(config, tensors)) is not None:
+        raise VerifyError(f"{folder}: {fault}; mend id2label")
     checked = _load(folder, manifest["files"], tensors, config, trust_code=trust_code) if load else None
     return VerifiedOutput(
         folder=folder,

@@ -33,7 +33,7 @@ def merge(
     Args:
         recipe: a YAML file, a folder of them, YAML text or a mapping; or a list of these.
         out: the output folder; with several recipes, one folder each in it.
-        strict: refuse recipe keys that have no effect.
+        strict: refuse recipe keys that have no effect, and heads that may not mean the same.
         options: fields of `raymerge.cluster.options.MergeOptions`: address, in_process, workers,
             device, slice_mib, dtype, out_shard_size, seed, resume, overwrite, fsync,
             allow_nan, allow_pickle.

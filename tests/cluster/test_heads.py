@@ -13,8 +13,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import raymerge
+from raymerge.cluster.heads import label_fault
 from raymerge.cluster.verify import verify
-from raymerge.merge_actors.errors import MismatchError, RecipeError
+from raymerge.merge_actors.checkpoint.header import TensorInfo
+from raymerge.merge_actors.errors import MismatchError, RecipeError, VerifyError
 
 HEAD = ("classifier.weight", "classifier.bias")
 
@@ -199,7 +201,91 @@ def test_labels_without_names_cannot_be_matched(
     asked = _recipe([models[1], unnamed], heads="label-aware")
     with pytest.raises(MismatchError, match=r"config\.json of .*unnamed names none .*LABEL_0, LABEL_1"):
         _merge(asked, tmp_path / "out")
-    _merge(_recipe([models[1], unnamed]), tmp_path / "out")  # as many labels, and nothing says they differ
+
+
+def test_named_and_unnamed_labels_are_merged_by_position_with_a_warning(
+    models: list[Path], make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As many labels, and nothing says that they differ, or that they do not."""
+    pair = [models[1], make_classifier("unnamed", 2, 5)]
+    done = raymerge.merge(_recipe(pair), tmp_path / "out", in_process=True, workers=1)
+    [said] = [line for line in done.remarks if "labels of the head" in line]
+    assert f"are named in {pair[0]} (neutral, glad) but not in {pair[1]} (LABEL_0, LABEL_1), so" in said
+    for way in (raymerge.plan, lambda *a, **k: raymerge.merge(*a, tmp_path / "strict", in_process=True, **k)):
+        with pytest.raises(MismatchError, match=r"labels of the head are named in \S+/mood .* but not in"):
+            way(_recipe(pair), strict=True)
+    assert not (tmp_path / "strict").exists()
+    quiet = raymerge.plan(_recipe(pair, heads="merge"), strict=True)["remarks"]
+    assert not [line for line in quiet if "labels" in line]
+    both = [pair[1], make_classifier("also", 2, 6)]
+    assert not [line for line in raymerge.plan(_recipe(both))["remarks"] if "labels" in line]
+
+
+def test_a_head_that_is_not_as_large_as_its_config_says_is_refused(
+    models: list[Path], tmp_path: Path
+) -> None:
+    config = json.loads((models[1] / "config.json").read_text())
+    for wrong in ({"id2label": {"0": "a", "1": "b", "2": "c"}}, {"id2label": None, "num_labels": 3}):
+        (models[1] / "config.json").write_text(json.dumps({**config, **wrong}))
+        for heads in (None, "merge", "label-aware", "keep", {"keep": str(models[1])}):
+            asked = _recipe(models[1:] if heads is None else models, **({"heads": heads} if heads else {}))
+            with pytest.raises(
+                MismatchError,
+                match=r"mood: tensor classifier\.weight has 2 rows, but config\.json has 3 labels \(\w+, \w+, \w+\)",
+            ):
+                raymerge.plan(asked)
+        for heads in ("exclude", {"keep": str(models[0])}):
+            raymerge.plan(_recipe(models, heads=heads))
+    (models[1] / "config.json").write_text(json.dumps(config))
+    _merge(_recipe(models[1:]), tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "id2label": {"0": "one"}}))
+    with pytest.raises(
+        VerifyError, match=r"classifier\.weight has 2 rows, but config\.json has 1 label \(one\)"
+    ):
+        verify(tmp_path / "out", load=False)
+
+
+def test_heads_of_transformers_agree_with_their_configs() -> None:
+    """Whatever a family calls the layers of its head, a model as transformers makes it is not refused."""
+    import transformers
+
+    tiny = {"num_labels": 5, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tiny |= {"intermediate_size": 16, "vocab_size": 32}
+    families = (
+        ("Bert", "SequenceClassification", {}),
+        ("Roberta", "SequenceClassification", {"pad_token_id": 1}),
+        ("Roberta", "TokenClassification", {"pad_token_id": 1}),
+        ("Electra", "SequenceClassification", {"embedding_size": 16}),
+        ("DistilBert", "SequenceClassification", {"dim": 16, "hidden_dim": 16, "n_heads": 2, "n_layers": 1}),
+        ("Llama", "SequenceClassification", {}),
+        ("T5", "SequenceClassification", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}),
+        ("ViT", "ImageClassification", {"image_size": 8, "patch_size": 4}),
+        ("ResNet", "ImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+        (
+            "Funnel",
+            "SequenceClassification",
+            {
+                "d_model": 16,
+                "n_head": 2,
+                "d_head": 8,
+                "d_inner": 16,
+                "block_sizes": [1],
+                "num_hidden_layers": None,
+            },
+        ),
+    )
+    for family, task, more in families:
+        given = {key: value for key, value in {**tiny, **more}.items() if value is not None}
+        config = getattr(transformers, f"{family}Config")(**given)
+        model = getattr(transformers, f"{family}For{task}")(config)
+        stored = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
+        tensors = {
+            name: TensorInfo(name=name, dtype="F32", shape=tuple(each.shape), file="x", begin=0, end=0)
+            for name, each in model.state_dict().items()
+        }
+        assert label_fault(stored, tensors) is None, family
+        fault = label_fault({**stored, "id2label": {"0": "a"}}, tensors)
+        assert fault is not None and "has 5 rows" in fault, family
 
 
 def test_a_head_can_only_be_kept_from_a_classifier(
