@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from raymerge.cluster.heads import Heads, label_remarks, plan_heads
-from raymerge.cluster.match import KnownOperands, match
-from raymerge.cluster.matched import LoadedModel, MergedTensor
+from raymerge.cluster.match import match
+from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
@@ -190,9 +190,9 @@ def plan_wave(
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()
+        said += label_remarks(recipe, models, strict=strict)
         remarks += [of_recipe(recipe.name, line) for line in said]
         layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
-        said += label_remarks(recipe, models, strict=strict)
         plans.append(
             RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
         )
