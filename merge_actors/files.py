@@ -67,6 +67,9 @@ class Files(Protocol):
     def move(self, folder: str, here: str) -> None:
         """Read files of `folder` from the folder `here`: a node's own copy of a model."""
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the user should know of how inputs are read."""
+
     def take_fetched_bytes(self) -> int:
         """Return how many bytes came from object stores since this was last asked."""
 
@@ -150,6 +153,10 @@ class LocalFiles:
                     done += os.pwrite(descriptor, part, offset + done)
         except OSError as error:
             raise write_error(path, error) from error
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return nothing: files are read as ever."""
+        return ()
 
     def take_fetched_bytes(self) -> int:
         """Return 0: nothing comes from object stores."""

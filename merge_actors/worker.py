@@ -239,7 +239,7 @@ class MergeWorker:
             read_seconds=watch.seconds["read"],
             merge_seconds=watch.seconds["merge"],
             write_seconds=watch.seconds["write"],
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._files.remarks()),
             fetched_bytes=self._files.take_fetched_bytes(),
         )
 
@@ -326,7 +326,7 @@ class MergeWorker:
             read_seconds=0.0,
             merge_seconds=watch.seconds["merge"],
             write_seconds=watch.seconds["write"],
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._files.remarks()),
             fetched_bytes=self._files.take_fetched_bytes(),
         )
 

@@ -27,6 +27,8 @@ class ArrowReader:
     def __init__(self, file: Any) -> None:
         self._file = file
         self.num_bytes: int = file.size()
+        tag = (file.metadata() or {}).get("ETag", b"")
+        self.tag: str = tag.decode() if isinstance(tag, bytes) else str(tag)
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset` by one request."""

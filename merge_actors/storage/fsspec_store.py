@@ -18,6 +18,9 @@ _PERMISSION_STATUS = (401, 403)
 class FsspecReader:
     """An object that is read by range."""
 
+    tag = ""
+    """An entry's version has it."""
+
     def __init__(self, filesystem: Any, path: str, num_bytes: int) -> None:
         self._filesystem, self._path, self.num_bytes = filesystem, path, num_bytes
 

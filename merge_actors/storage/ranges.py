@@ -40,6 +40,19 @@ class RemoteRanges:
         self._give_back(uri, reader)
         return reader.num_bytes
 
+    def identity(self, uri: str) -> tuple[int, str]:
+        """Return the length of an object, and a text that is another one when its content is.
+
+        Raises:
+            CheckpointError: it is absent, or the store keeps failing.
+        """
+        reader = with_retries(lambda: self._take(uri), f"read {uri}", CheckpointError)
+        self._give_back(uri, reader)
+        if reader.tag:
+            return reader.num_bytes, reader.tag
+        entry = with_retries(lambda: store_of(uri).entry(uri), f"look at {uri}", CheckpointError)
+        return reader.num_bytes, entry.version if entry else ""
+
     def read_into(self, uri: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the object's bytes from `offset` by one request.
 

@@ -94,6 +94,10 @@ class StagedOutputs:
         """Read files of an input's `folder` from the folder `here`."""
         self._inputs.move(folder, here)
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the user should know of how inputs are read."""
+        return self._inputs.remarks()
+
     def take_fetched_bytes(self) -> int:
         """Return how many bytes of inputs came from object stores since this was last asked."""
         return self._inputs.take_fetched_bytes()

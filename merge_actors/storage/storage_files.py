@@ -40,6 +40,10 @@ class StorageFiles(LocalFiles):
         finally:
             wait_for(started)
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the user should know of how inputs are read."""
+        return (self._stage.remark,) if self._stage is not None and self._stage.remark else ()
+
     def take_fetched_bytes(self) -> int:
         """Return how many bytes came from stores since this was last asked."""
         with self._lock:

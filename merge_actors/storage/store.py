@@ -36,6 +36,8 @@ class Reader(Protocol):
     """An object that is open for reading by range; one range at a time."""
 
     num_bytes: int
+    tag: str
+    """The store's tag of the content (ETag); "" where it tells none."""
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset` by one request; return how many bytes came."""
