@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymerge.cluster.evaluator import Evaluator, EvaluatorJob, MergeReport, ScoreReport
+from raymerge.cluster.evaluator_gpus import Node, visible_gpu_bytes
 from raymerge.cluster.evaluator_group import Call, Event, Failure, Gone, Raised, Returned, answer
-from raymerge.cluster.evaluator_place import Node
 from raymerge.merge_actors.errors import ClusterError
 
 #: How long to wait for the cluster to give any evaluator before saying what is missing.
 START_SECONDS = 300.0
+#: How long nodes may take to say how much memory their GPUs have.
+_ASK_SECONDS = 60.0
 #: Evaluators that may die one after the other, per evaluator, without an answer from any.
 _LOSSES_PER_EVALUATOR = 4
 
@@ -45,10 +50,46 @@ class RayEvaluator:
         return os.getpid()
 
 
-def nodes() -> list[Node]:
-    """Return the machines of the cluster."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
+def nodes(with_memory: bool = False) -> list[Node]:
+    """Return the machines of the cluster.
+
+    Args:
+        with_memory: ask those with GPUs how much memory these have.
+    """
+    found = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = [node["NodeID"] for node in found if with_memory and node["Resources"].get("GPU")]
+    gpu_bytes = _ask_for_gpu_bytes(with_gpus)
+    return [
+        Node(
+            int(each["Resources"].get("CPU", 0)),
+            int(each["Resources"].get("GPU", 0)),
+            gpu_bytes.get(each["NodeID"]),
+        )
+        for each in found
+    ]
+
+
+#: A process of its own, which ends: it may have opened the GPUs.
+_GPU_BYTES: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(visible_gpu_bytes)
+
+
+def _ask_for_gpu_bytes(node_ids: Sequence[str]) -> dict[str, int | None]:
+    """Return the memory of the smallest GPU of each node; a node that does not answer has none that is known."""
+    asked = {
+        each: _GPU_BYTES.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=each, soft=False)
+        ).remote()
+        for each in node_ids
+    }
+    ready, _ = (
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ASK_SECONDS) if asked else ([], [])
+    )
+    answers: dict[str, int | None] = {}
+    for node_id, reference in asked.items():
+        if reference in ready:
+            with contextlib.suppress(RayError):
+                answers[node_id] = ray.get(reference)
+    return answers
 
 
 class RayEvaluators:

@@ -14,6 +14,7 @@ from raymerge.cluster.progress import gib
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.errors import RaymergeError
 from raymerge.merge_actors.memory_files import MemoryFiles
+from raymerge.stats.evaluation.evaluate import evaluation_dtype
 from raymerge.stats.evaluation.parts import COMFORTABLE_SHARE
 from raymerge.stats.evaluation.prepared import PreparedTask
 from raymerge.stats.evaluation.resident import ResidentModel
@@ -73,7 +74,7 @@ class ModelSlot:
             self._evaluation.tasks,
             folder.path,
             devices=self._devices,
-            dtype=_torch_dtype(self._evaluation.dtype),
+            dtype=evaluation_dtype(self._evaluation.dtype),
         )
         device_of = model.place(shapes)
         self._tensors = {}  # what was there is freed before the new memory is taken
@@ -152,13 +153,3 @@ class ModelSlot:
     def _count(self, module: Any, inputs: Any) -> None:
         del module, inputs
         next(self._calls)
-
-
-def _torch_dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    if name is None:
-        return None
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found

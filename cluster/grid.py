@@ -23,6 +23,7 @@ from raymerge.cluster.grid_spec import GridSource, GridSpec, read_grid
 from raymerge.cluster.results import ResultsWriter, metric_columns, read_results, read_rows
 from raymerge.cluster.select import Ranked, rank
 from raymerge.merge_actors.errors import RaymergeError
+from raymerge.stats.evaluation.parts import ModelNeeds
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 
 #: Takes the row of a finished point.
@@ -49,7 +50,10 @@ class Runner(Protocol):
 
 
 #: Starts evaluators for some tasks.
-OpenRunner = Callable[[EvaluationSpec, GridOptions], AbstractContextManager[Runner]]
+OpenRunner = Callable[
+    [EvaluationSpec, GridOptions, Callable[[], ModelNeeds], Callable[[str], None]],
+    AbstractContextManager[Runner],
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +209,8 @@ class GridRun:
         )
 
     def _run(self, run_points: Callable[[GridRun, Runner], None]) -> tuple[list[dict[str, Any]], list[str]]:
-        with (self._open_runner or _default_runner())(self.spec.evaluation, self.options) as runner:
+        opener = self._open_runner or _default_runner()
+        with opener(self.spec.evaluation, self.options, self._needs, self.remark) as runner:
             try:
                 run_points(self, runner)
             finally:
@@ -221,6 +226,13 @@ class GridRun:
             outputs = export(best, self.folder, self.options, self.remark, show_progress=self.show_progress)
         self.folder.write_json(BEST_NAME, best)
         return best, outputs
+
+    def _needs(self) -> ModelNeeds:
+        """Say what the largest merged model takes of GPUs' memory."""
+        from raymerge.cluster.grid_needs import needs_of_grid
+
+        assert self.plan is not None
+        return needs_of_grid(self.plan)
 
     def run_numbers(self, runner: Runner, point_of: Callable[[int], Point]) -> None:
         """Run the points of a grid that no earlier run has finished, each distinct merge once."""

@@ -18,8 +18,8 @@ class GridOptions:
     """Merge and evaluate on threads of this process, without Ray."""
     workers: int | None = None
     """Number of evaluators; None: one for each share of a GPU, or one a machine."""
-    gpus_per_evaluator: float = 1.0
-    """GPUs of an evaluator: 0.5 puts two on each."""
+    gpus_per_evaluator: float | None = None
+    """GPUs of an evaluator: 0.5 puts two on each, 2 spreads a model over two; None takes as few as hold it."""
     threads_per_evaluator: int | None = None
     """Threads of an evaluator on CPUs; None: all cores of its machine, shared by the evaluators there."""
     device: Device = "auto"
@@ -43,10 +43,11 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise RecipeError("--resume and --overwrite exclude each other")
-        if not 0 < self.gpus_per_evaluator <= 1:
+        gpus = self.gpus_per_evaluator
+        if gpus is not None and not (0 < gpus <= 1 or (gpus > 1 and gpus == int(gpus))):
             raise RecipeError(
-                f"--gpus-per-evaluator is {self.gpus_per_evaluator:g}; it must be greater than 0 and at most 1: a "
-                "model runs on one GPU"
+                f"--gpus-per-evaluator is {gpus:g}; it must be a share of a GPU, greater than 0 and at most 1, or a "
+                "whole number of GPUs that a model is spread over"
             )
         for name, least in (("limit", 1), ("workers", 1), ("slice_mib", 1), ("threads_per_evaluator", 1)):
             value = getattr(self, name)

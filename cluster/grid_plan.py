@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.cluster.campaign import is_sequential, plan_wave
+from raymerge.cluster.campaign import PlannedWave, is_sequential, plan_wave
 from raymerge.cluster.grid_axes import Axis, Dimension
 from raymerge.cluster.grid_inputs import GridInputs, path_fingerprint, texts
 from raymerge.cluster.grid_options import GridOptions
@@ -49,6 +49,8 @@ class GridPlan:
     """Of all models together."""
     output_bytes: int
     """Of the largest merged model."""
+    largest: PlannedWave
+    """How the largest merged model is made."""
     num_parameters: int
     """Of the largest merged model."""
     model_folders: tuple[str, ...]
@@ -101,6 +103,7 @@ def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> 
             checker.remarks.append(line)
         checker.remarks += _check_tasks(spec.evaluation, folder)
     tasks = spec.evaluation.to_mapping()
+    assert checker.largest is not None
     return GridPlan(
         spec=spec,
         options=options,
@@ -108,6 +111,7 @@ def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> 
         evaluation=fingerprint(tasks, _file_fingerprints(tasks["tasks"])),
         input_bytes=sum(each.num_bytes for each in checker.opened.checkpoints.values()),
         output_bytes=checker.output_bytes,
+        largest=checker.largest,
         num_parameters=checker.num_parameters,
         model_folders=tuple(checker.model_folders),
         missing=tuple(checker.missing.values()),
@@ -160,6 +164,7 @@ class _Checker:
         self.missing: dict[tuple[str, str], ToMeasure] = {}
         self.remarks: list[str] = []
         self.output_bytes = self.num_parameters = 0
+        self.largest: PlannedWave | None = None
         self.model_folders: dict[str, None] = {}
 
     def check_all(self, spec: GridSpec) -> None:
@@ -206,7 +211,8 @@ class _Checker:
         self.inputs.note(recipe, wave, self.opened)
         donor = wave.models[recipe.donor.key].checkpoint
         self.num_parameters = max(self.num_parameters, donor.num_parameters)
-        self.output_bytes = max(self.output_bytes, wave.plan.write_bytes)
+        if self.largest is None or wave.plan.write_bytes > self.output_bytes:
+            self.output_bytes, self.largest = wave.plan.write_bytes, wave
         self.model_folders[donor.folder] = None
 
 

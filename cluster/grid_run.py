@@ -22,6 +22,7 @@ from raymerge.cluster.evaluator_place import connected_evaluators
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_points import Point
 from raymerge.cluster.grid_queue import PointQueue
+from raymerge.stats.evaluation.parts import ModelNeeds
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 
 #: How often a point may be lost with its evaluator before it is given up.
@@ -35,17 +36,24 @@ ShouldStop = Callable[[Point, float, Mapping[str, float]], bool]
 
 
 @contextlib.contextmanager
-def open_runner(evaluation: EvaluationSpec, options: GridOptions) -> Iterator[Runner]:
+def open_runner(
+    evaluation: EvaluationSpec,
+    options: GridOptions,
+    needs: Callable[[], ModelNeeds] | None = None,
+    on_remark: Callable[[str], None] = lambda line: None,
+) -> Iterator[Runner]:
     """Give a runner whose evaluators stay up, with what they remember, until the end of the block.
 
     Args:
         evaluation: the tasks.
         options: where and how to run.
+        needs: says what the largest model takes of GPUs' memory; without, a model gets one GPU unless `options` says.
+        on_remark: gets sentences for the user.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or has no GPU when one is asked for.
+        ClusterError: the cluster cannot be reached, has no GPU when one is asked for, or none that holds the model.
     """
-    with connected_evaluators(evaluation, options) as group:
+    with connected_evaluators(evaluation, options, needs, on_remark) as group:
         yield Runner(group)
 
 

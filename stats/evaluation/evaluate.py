@@ -83,7 +83,9 @@ def evaluate_checkpoint(
         metrics by "task.metric"; and the scores per example by task.
     """
     prepared = [prepare_task(task, split, checkpoint.folder) for task in evaluation.tasks]
-    resident = load_resident(checkpoint, evaluation.tasks, devices=devices, dtype=_dtype(evaluation.dtype))
+    resident = load_resident(
+        checkpoint, evaluation.tasks, devices=devices, dtype=evaluation_dtype(evaluation.dtype)
+    )
     found: dict[str, Estimate] = {}
     scores: dict[str, Scores] = {}
     for task in prepared:
@@ -93,7 +95,8 @@ def evaluate_checkpoint(
     return found, scores
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def evaluation_dtype(name: str | None) -> torch.dtype | None:
+    """Return torch's dtype of an `evaluate:` section; None for that of the merged tensors."""
     import torch
 
     if name is None:
