@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from raymerge.cluster.heads import Heads, label_remarks, plan_heads
-from raymerge.cluster.match import match
-from raymerge.cluster.matched import LoadedModel
+from raymerge.cluster.match import KnownOperands, match
+from raymerge.cluster.matched import LoadedModel, MergedTensor
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
@@ -27,7 +27,7 @@ from raymerge.cluster.recipe_statistics import ToMeasure, find_statistics
 from raymerge.cluster.regmean_plus_plan import candidates_of, check_candidates, expected_statistics
 from raymerge.cluster.remarks import of_recipe
 from raymerge.cluster.vocabulary import Vocabulary, plan_vocabulary
-from raymerge.merge_actors.checkpoint.layout import OutputTensor, lay_out, parse_size
+from raymerge.merge_actors.checkpoint.layout import Layout, OutputTensor, ShardLimit, lay_out, parse_size
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.task import HubModel
@@ -173,6 +173,8 @@ def plan_wave(
     )
     plans, vocabularies, all_heads, remarks = [], [], [], []
     limit = parse_size(options.out_shard_size)
+    known: KnownOperands = {}
+    layouts: dict[tuple[Any, ...], Layout] = {}
     waiting = {each.name for each in recipes if _measurements(each) & {key for key, _ in statistics.missing}}
     for recipe in recipes:
         vocabulary = plan_vocabulary(recipe, models)
@@ -186,13 +188,13 @@ def plan_wave(
                 )
                 remarks += [line for folder in folders_with_code if (line := code_remark(folder))]
             found = expected_statistics(recipe, models, trust_code=options.trust_remote_code)
-        tensors, said = match(recipe, models, vocabulary, found, heads)
+        tensors, said = match(recipe, models, vocabulary, found, heads, known if vocabulary is None else None)
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()
         said += label_remarks(recipe, models, strict=strict)
         remarks += [of_recipe(recipe.name, line) for line in said]
-        layout = lay_out([OutputTensor(t.name, t.dtype, t.shape) for t in tensors], limit)
+        layout = _layout_of(tensors, limit, layouts)
         plans.append(
             RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
         )
@@ -209,6 +211,16 @@ def plan_wave(
         missing=tuple(statistics.missing.values()),
         heads=tuple(all_heads),
     )
+
+
+def _layout_of(
+    tensors: Sequence[MergedTensor], limit: ShardLimit, layouts: dict[tuple[Any, ...], Layout]
+) -> Layout:
+    """Lay an output out, once for all recipes whose outputs are alike."""
+    outputs = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+    if outputs not in layouts:
+        layouts[outputs] = lay_out([OutputTensor(*each) for each in outputs], limit)
+    return layouts[outputs]
 
 
 def _measurements(recipe: Recipe) -> set[Measurement]:

@@ -106,8 +106,20 @@ def _statistics(plan: RecipePlan, statistics: Mapping[Measurement, Statistics]) 
 def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
     """Write the manifest into an output folder."""
     with open(os.path.join(folder, MANIFEST_NAME), "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+        file.write(_text(manifest))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON, a line for each tensor: indented they take ten times as long to write."""
+    parts = []
+    for name, value in manifest.items():
+        if name == "tensors":
+            rows = [f"  {json.dumps(tensor)}: {json.dumps(row)}" for tensor, row in value.items()]
+            text = "{\n" + ",\n".join(rows) + "\n }"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _row(tensor: MergedTensor, file: str, reports: Sequence[PieceReport]) -> dict[str, Any]:

@@ -35,6 +35,9 @@ from raymerge.stats.statistics_file import Statistics
 
 _COPY = Settings(models=({},))
 
+#: What a tensor is as an input, by model, what was measured of it, and name; None if the model lacks it.
+KnownOperands = dict[tuple[str, Measurement | None], dict[str, Operand | None]]
+
 
 def match(
     recipe: Recipe,
@@ -42,6 +45,7 @@ def match(
     vocabulary: Vocabulary | None,
     statistics: Mapping[Measurement, Statistics] | None = None,
     heads: Heads | None = None,
+    known: KnownOperands | None = None,
 ) -> tuple[list[MergedTensor], list[str]]:
     """Match the tensors of all models of a recipe.
 
@@ -51,6 +55,7 @@ def match(
         vocabulary: which rows of each model make the output's vocabulary; None if all agree.
         statistics: what the recipe's models are merged by; what is still to be measured is not in it.
         heads: what becomes of classification heads; None merges them like other tensors.
+        known: keeps operands for the next recipe of the same models, statistics and vocabulary.
 
     Returns:
         the output's tensors in the order of the donor's files, and remarks for the user.
@@ -60,7 +65,8 @@ def match(
         RecipeError: a layer range outside a model, or a module that no tensor belongs to.
     """
     method = METHODS[recipe.merge_method]
-    matcher = _Matcher(recipe, method, models, vocabulary, statistics or {}, heads)
+    known = {} if known is None else known
+    matcher = _Matcher(recipe, method, models, vocabulary, statistics or {}, heads, known)
     tensors: list[MergedTensor] = []
     for module, layers, names in places_by_slice(recipe, models):
         tensors += matcher.match_slice(module, layers, names)
@@ -78,9 +84,10 @@ class _Matcher:
         vocabulary: Vocabulary | None,
         statistics: Mapping[Measurement, Statistics],
         heads: Heads | None,
+        known: KnownOperands,
     ) -> None:
         self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
-        self.statistics, self.heads = statistics, heads
+        self.statistics, self.heads, self._known = statistics, heads, known
         self._notes: dict[str, list[str]] = {}
         self._names: list[str] = []
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
@@ -90,13 +97,15 @@ class _Matcher:
         """Match the tensors of one slice of layers; those that are left out are noted."""
         uses = layers.uses()
         order, streams = canonical_order(layers.sources, self.method)
+        known = [self._known.setdefault((use.model.key, use.measurement), {}) for use in uses]
         found = []
         for place in places:
             self._names.append(place.name)
-            operands = [
-                self._operand(use, name, place.name)
-                for use, name in zip(uses, place.source_names, strict=True)
-            ]
+            operands = []
+            for use, name, of_use in zip(uses, place.source_names, known, strict=True):
+                if name not in of_use:
+                    of_use[name] = self._operand(use, name)
+                operands.append(of_use[name])
             if self.heads is not None and layers.sources and is_head_tensor(place.name):
                 merged = self._match_head(module, layers, place, operands, order)
             else:
@@ -117,7 +126,7 @@ class _Matcher:
             lines.append(f"{note}: {some}")
         return lines
 
-    def _operand(self, use: SourceUse, name: str, output_name: str) -> Operand | None:
+    def _operand(self, use: SourceUse, name: str) -> Operand | None:
         model = self.models[use.model.key]
         own_name = model.checkpoint.tied.get(name, name)
         info = model.checkpoint.tensors.get(own_name)
@@ -276,7 +285,7 @@ class _Matcher:
             return present[0]
         ref = self.recipe.base_model if policy == "base" else policy
         assert isinstance(ref, ModelRef)
-        found = self._operand(SourceUse(model=ref), name, name)
+        found = self._operand(SourceUse(model=ref), name)
         if found is None or output_shape(found) != output_shape(present[0]):
             has = "does not have it" if found is None else f"has it with the shape {list(found.info.shape)}"
             raise MismatchError(

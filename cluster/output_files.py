@@ -81,10 +81,11 @@ def write_metadata_files(
         if template is not None and has_tokenizer(tokenizer_folder(source)):
             write_template(folder, template)
         remarks += _copy_others(folder, donor)
+        text = recipe_text(recipe)
         with open(os.path.join(folder, RECIPE_NAME), "w", encoding="utf-8") as file:
-            file.write(recipe_text(recipe))
+            file.write(text)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(make_model_card(recipe, tensors, layout, vocabulary, recipe_text(recipe)))
+            file.write(make_model_card(recipe, tensors, layout, vocabulary, text))
     except OSError as error:
         raise write_error(folder, error) from error
     return remarks

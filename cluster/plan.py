@@ -191,6 +191,7 @@ class _Planner:
         step = self._step(members, reads, total)
         is_cut = step < total
         jobs, waits = [], []
+        keys: dict[tuple[int, str, str], int] = {}
         for number, tensor in members:
             setting = self._intern(tensor)
             state = self._model_wide.get(number) if tensor.method in METHODS else None
@@ -198,7 +199,7 @@ class _Planner:
                 state = self._plan_state(number, tensor, setting, step, known=state)
             if state is not None:
                 waits.append(state)
-            jobs.append(self._job(number, tensor, setting, places, state))
+            jobs.append(self._job(number, tensor, setting, places, state, keys))
         edges = [*range(0, total, step), total] if total else [0, 0]
         return [
             (Piece(shape=shape, begin=begin, end=end, reads=reads, jobs=tuple(jobs)), tuple(waits))
@@ -217,18 +218,28 @@ class _Planner:
         return min(step, max(1, total))
 
     def _job(
-        self, number: int, tensor: MergedTensor, setting: int, places: Mapping[int, int], state: int | None
+        self,
+        number: int,
+        tensor: MergedTensor,
+        setting: int,
+        places: Mapping[int, int],
+        state: int | None,
+        keys: dict[tuple[int, str, str], int],
     ) -> Job:
-        plan = self.recipes[number]
+        """Return a job; `keys` keeps the keys of random streams for other recipes with the same seed."""
+        seed = self.recipes[number].recipe.seed
+        for name in tensor.stream_names:
+            if (seed, name, tensor.name) not in keys:
+                keys[seed, name, tensor.name] = stream_key(seed, name, tensor.name)
         file, offset = self._places[number][tensor.name]
         return Job(
             recipe=number,
             tensor=tensor.name,
             settings=setting,
             base=None if tensor.base is None else places[id(tensor.base)],
-            models=tuple(places[id(operand)] for operand in tensor.models),
+            models=tuple([places[id(operand)] for operand in tensor.models]),
             statistics=tuple(places[id(o.statistic)] for o in tensor.models if o.statistic is not None),
-            keys=tuple(stream_key(plan.recipe.seed, name, tensor.name) for name in tensor.stream_names),
+            keys=tuple([keys[seed, name, tensor.name] for name in tensor.stream_names]),
             file=file,
             offset=offset,
             dtype=tensor.dtype,
@@ -276,7 +287,7 @@ class _Planner:
         self, number: int, tensor: MergedTensor, setting: int, step: int
     ) -> tuple[Piece, ...]:
         reads, places = reads_of([tensor])
-        job = self._job(number, tensor, setting, places, None)
+        job = self._job(number, tensor, setting, places, None, {})
         total = math.prod(tensor.shape)
         return tuple(
             Piece(shape=tensor.shape, begin=begin, end=min(begin + step, total), reads=reads, jobs=(job,))

@@ -23,6 +23,7 @@ def group_by_input(recipes: Sequence[Sequence[MergedTensor]]) -> list[list[tuple
     """Group output tensors that read a common input tensor and have one shape (union-find)."""
     parent: dict[tuple[int, int], tuple[int, int]] = {}
     by_input: dict[tuple[object, ...], tuple[int, int]] = {}
+    by_operands: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def root(key: tuple[int, int]) -> tuple[int, int]:
         """Return the one that stands for a tensor's group."""
@@ -36,11 +37,14 @@ def group_by_input(recipes: Sequence[Sequence[MergedTensor]]) -> list[list[tuple
             if is_solved_for(tensor):
                 continue
             key = (number, index)
-            parent[key] = key
-            filled_from = _filled_from(tensor)
-            for operand in tensor.operands:
-                place = (operand.info.file, operand.info.begin)
-                input_key = (*place, tensor.shape, tensor.method == "copy", filled_from)
+            operands = tensor.operands
+            alike = (tensor.shape, tensor.method == "copy", _filled_from(tensor))
+            same = by_operands.setdefault((*alike, *map(id, operands)), key)
+            parent[key] = same
+            if same is not key:  # another recipe merges the very same inputs
+                continue
+            for operand in operands:
+                input_key = (operand.info.file, operand.info.begin, *alike)
                 parent[root(by_input.setdefault(input_key, key))] = root(key)
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for key in parent:
@@ -69,6 +73,8 @@ def reads_of(tensors: Sequence[MergedTensor]) -> tuple[tuple[Read, ...], dict[in
     places: dict[int, int] = {}
     for tensor in tensors:
         for operand in tensor.operands:
+            if id(operand) in places:  # recipes of one campaign share them
+                continue
             places[id(operand)] = numbers.setdefault(read_of(operand), len(numbers))
             if operand.statistic is not None:
                 read = _statistic_read(operand, operand.statistic)
