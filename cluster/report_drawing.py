@@ -28,12 +28,12 @@ def best_of_each(places: Sequence[float], values: Sequence[float], is_max: bool)
     return dict(sorted(best.items()))
 
 
-def legend(figure: Figure, hue: AxisData) -> None:
-    """Name the colours of an axis above the plots."""
+def legend(figure: Figure, hue: AxisData, line: str) -> None:
+    """Name the colours of an axis above the plots, beside the line that is drawn in them."""
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLOURS[number], marker=MARKERS[number], label=str(level))
+        Line2D([], [], color=COLOURS[number], marker=MARKERS[number], linestyle=line, label=str(level))
         for number, level in enumerate(hue.levels)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)

@@ -24,6 +24,7 @@ from raymerge.cluster.report_drawing import (
     spread,
     written,
 )
+from raymerge.cluster.report_lines import line_through_best, median_of_trials
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ _MOST_CELLS = 60
 
 
 def along_axes(data: ReportData, figure: Figure, metric: str | None = None) -> str:
-    """Draw the objective, or a metric, along every axis: all points, and the best for each value."""
+    """Draw the objective, or a metric, along every axis: all points, and what report_lines.py lets a line join."""
     hue = data.hue()
     columns = min(3, len(data.axes))
     rows = math.ceil(len(data.axes) / columns)
@@ -48,8 +49,16 @@ def along_axes(data: ReportData, figure: Figure, metric: str | None = None) -> s
         if number % columns == 0:
             plot.set_ylabel(_directed(data, metric) if metric else data.label)
     if hue and len(data.axes) > 1:
-        legend(figure, hue)
-    return f"{metric or data.label} along {'; '.join(told)}"
+        legend(figure, hue, "--" if data.kind == "search" else "-")
+    if not any(axis.is_numeric for axis in data.axes):
+        return f"{metric or data.label} along {'; '.join(told)}"
+    if data.kind == "search":
+        lines = "dashed: the median of neighbouring trials"
+    else:
+        lines = (
+            "a line joins points that differ in its axis alone: those with the other values of the best point"
+        )
+    return f"{metric or data.label} along {'; '.join(told)}; {lines}"
 
 
 def _along_axis(
@@ -68,11 +77,17 @@ def _along_axis(
         plot.scatter(
             places, values, s=11, c=colour, alpha=0.4, linewidths=0, rasterized=len(places) > _RASTER
         )
-        best = best_of_each([axis.place(axis.values[i]) for i in chosen], values, is_max)
-        is_line = axis.is_numeric and len(axis.levels) <= _MOST_CELLS
-        if is_line or not axis.is_numeric:
-            line = "-" if is_line else "none"
-            plot.plot(list(best), list(best.values()), color=colour, marker=MARKERS[number], linestyle=line)
+        marker = MARKERS[number]
+        if not axis.is_numeric:
+            best = best_of_each([axis.place(axis.values[i]) for i in chosen], values, is_max)
+            plot.plot(list(best), list(best.values()), color=colour, marker=marker, linestyle="none")
+        elif data.kind == "search":
+            line = median_of_trials(axis, chosen, every)
+            plot.plot(list(line), list(line.values()), color=colour, linestyle="--", linewidth=1.2)
+        else:
+            line = line_through_best(data, axis, chosen, every, is_max=is_max)
+            marker = marker if len(line) <= _MOST_CELLS else ""
+            plot.plot(list(line), list(line.values()), color=colour, marker=marker)
     scale(plot.xaxis, axis, plot)
     plot.set_xlabel(axis.name)
     known = [i for i in range(len(every)) if not math.isnan(every[i])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
@@ -12,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from raymerge.cluster.report_data import read_report
+from raymerge.cluster.report_data import ReportData, read_report
+from raymerge.cluster.report_lines import line_through_best, median_of_trials
 from raymerge.cluster.report_text import axis_rows, best_rows, report_mapping, report_text
 from raymerge.cluster.results import ResultsWriter
 from raymerge.merge_actors.errors import OutputError
@@ -189,3 +192,69 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     out = _write(tmp_path / "out", [{"method": "ties", "w": 4, "p": 0}], _score)
     with pytest.raises(OutputError, match=r"no point in .* has a result yet: 1 failed"):
         read_report(out)
+
+
+def _grid(tmp_path: Path, points: list[dict[str, Any]], average_over: tuple[str, ...] = ()) -> ReportData:
+    select = {
+        "objectives": [{"weights": [["a.accuracy", 1.0]], "mode": "max"}],
+        "average_over": list(average_over),
+    }
+    out = _write(tmp_path / "out", points, lambda point: {"a.accuracy": point["score"]}, select=select)
+    data = read_report(out)
+    return dataclasses.replace(data, axes=tuple(axis for axis in data.axes if axis.name != "score"))
+
+
+def _line(data: ReportData, axis: str) -> dict[float, float]:
+    return line_through_best(
+        data, data.axis(axis), range(len(data.points)), data.metrics["a.accuracy"], is_max=True
+    )
+
+
+def test_a_line_of_a_grid_holds_the_other_axes_at_the_best_point(tmp_path: Path) -> None:
+    scores = {(1, 0.1): 0.2, (2, 0.1): 0.9, (3, 0.1): 0.1, (1, 0.5): 0.7, (2, 0.5): 0.3, (3, 0.5): 0.8}
+    points = [{"w": w, "p": p, "score": score} for (w, p), score in scores.items()]
+    data = _grid(tmp_path, points)
+    assert _line(data, "w") == {1: 0.2, 2: 0.9, 3: 0.1}, "not 0.7, 0.9, 0.8, the best of each"
+    assert _line(data, "p") == {0.1: 0.9, 0.5: 0.3}
+
+
+def test_axes_that_change_together_are_one_line_and_seeds_are_averaged(tmp_path: Path) -> None:
+    points = [
+        {"w": w, "v": -w, "seed": seed, "score": 0.1 * w + 0.02 * seed} for w in (1, 2, 3) for seed in (0, 1)
+    ]
+    data = _grid(tmp_path, points)
+    assert _line(data, "w") == pytest.approx({1: 0.11, 2: 0.21, 3: 0.31})
+    assert _line(data, "seed") == {}, "nothing lies between two seeds"
+
+
+def test_trials_of_a_search_are_not_joined(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from raymerge.cluster.report_plots import along_axes
+
+    drawn = random.Random(3)
+    points = [{"w": drawn.uniform(0, 1), "p": drawn.uniform(0, 1)} for _ in range(60)]
+    out = _write(
+        tmp_path / "out", points, lambda point: {"a.accuracy": point["w"] * point["p"]}, kind="search"
+    )
+    data = read_report(out)
+    figure = Figure()
+    told = along_axes(data, figure)
+    for plot in figure.axes:
+        assert len(plot.collections[0].get_offsets()) == 60, "every trial is a point"
+        [line] = plot.lines
+        assert line.get_marker() in ("None", "") and line.get_linestyle() == "--"
+        assert len(line.get_xdata()) == 8, "steps of many trials"
+    assert "the median of neighbouring trials" in told
+
+
+def test_a_median_of_few_trials_is_not_drawn(tmp_path: Path) -> None:
+    points = [{"w": w / 7, "p": 0} for w in range(9)]
+    out = _write(tmp_path / "out", points, lambda point: {"a.accuracy": point["w"]}, kind="search")
+    data = read_report(out)
+    axis = data.axis("w")
+    assert median_of_trials(axis, range(9), data.objective) == {}
+    few = [{"w": w, "p": p} for w in (1, 2) for p in range(5)]
+    data = read_report(_write(tmp_path / "few", few, lambda point: {"a.accuracy": point["p"]}, kind="search"))
+    assert median_of_trials(data.axis("w"), range(10), data.objective) == {1: 2, 2: 2}
