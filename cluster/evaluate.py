@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.connect import Device, choose_device, local_resources
+from raymerge.cluster.evaluator_gpus import Node, choose_gpus, visible_gpu_bytes
 from raymerge.cluster.model_ref import parse_model
 from raymerge.cluster.yaml_source import read_documents
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import RecipeError
-from raymerge.stats.evaluation.evaluate import evaluate_checkpoint, expect_fit
+from raymerge.stats.evaluation.evaluate import evaluate_checkpoint, expect_fit, needs_of_checkpoint
 from raymerge.stats.evaluation.scores import Estimate, Scores, as_plain
 from raymerge.stats.evaluation.task_spec import SPLITS, Split
 from raymerge.stats.evaluation.tasks import EvaluationSpec, parse_evaluation
@@ -68,7 +69,7 @@ def evaluate(
         model: folder or Hub id, path[@revision].
         evaluation: a YAML file with an `evaluate:` section (of a grid, say) or with its keys; or the section.
         split: "validation" or "test".
-        device: where the model runs.
+        device: where the model runs; one that is too large for a GPU is spread over several.
         allow_pickle: read PyTorch .bin files, weights only.
         trust_remote_code: run code of the checkpoint where transformers has no class of its own.
         on_remark: gets sentences for the user.
@@ -88,8 +89,7 @@ def evaluate(
     shapes |= {alias: shapes[name] for alias, name in checkpoint.tied.items()}
     for line in expect_fit(spec, checkpoint.folder, shapes, splits=(split,)):
         on_remark(line)
-    chosen = choose_device(device, local_resources()[1])
-    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, devices=(chosen,))
+    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, devices=_devices(checkpoint, spec, device))
     return EvaluationResult(
         model=model, split=split, metrics=metrics, scores=scores, seconds=time.monotonic() - started
     )
@@ -133,6 +133,17 @@ def _with_data(spec: EvaluationSpec, split: Split, on_remark: Callable[[str], No
         left_out = ", ".join(task.name for task in spec.tasks if task.test is None)
         on_remark(f"without test data, and so left out: {left_out}")
     return replace(spec, tasks=kept)
+
+
+def _devices(checkpoint: Checkpoint, spec: EvaluationSpec, device: Device) -> tuple[str, ...]:
+    """Return the CPU, or as few of this machine's GPUs as hold the model."""
+    num_cpus, num_gpus = local_resources()
+    if choose_device(device, num_gpus) == "cpu":
+        return ("cpu",)
+    node = Node(num_cpus, num_gpus, visible_gpu_bytes())
+    return tuple(
+        f"cuda:{i}" for i in range(int(choose_gpus([node], None, needs_of_checkpoint(checkpoint, spec))))
+    )
 
 
 def _open(model: str, allow_pickle: bool) -> Checkpoint:

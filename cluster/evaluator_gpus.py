@@ -66,9 +66,8 @@ def _too_large(nodes: Sequence[Node], num_gpus: float, needs: ModelNeeds) -> str
     num_parts = max(1, int(num_gpus))
     sizes = [node.gpu_bytes for node in nodes if node.num_gpus >= num_gpus and node.gpu_bytes is not None]
     fullest = needs.fullest(num_parts) + RUNTIME_BYTES
-    has = (
-        f"{gib(int(min(sizes) * min(1.0, num_gpus)))} on {'each of ' if num_gpus > 1 else ''}{num_gpus:g} GPU"
-    )
+    own_bytes = int(min(sizes) * min(1.0, num_gpus))
+    has = f"{gib(own_bytes)} on " + (f"each of {num_gpus:g} GPUs" if num_gpus > 1 else f"{num_gpus:g} GPU")
     most = max(node.num_gpus for node in nodes)
     enough = next((k for k in range(1, most + 1) if _holds(nodes, k, needs, well=False)), None)
     way_out = (

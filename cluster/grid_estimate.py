@@ -8,6 +8,7 @@ from typing import Any
 
 from raymerge.cluster.evaluator import source_budget_bytes
 from raymerge.cluster.grid_folder import GridFolder
+from raymerge.cluster.grid_needs import needs_of_grid
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_plan import GridPlan, plan_grid, trusting
 from raymerge.cluster.grid_progress import duration
@@ -15,7 +16,10 @@ from raymerge.cluster.grid_spec import GridSource, read_grid
 from raymerge.cluster.progress import gib
 from raymerge.cluster.results import read_rows
 from raymerge.merge_actors.errors import OutputError
+from raymerge.stats.evaluation.parts import RUNTIME_BYTES
 
+#: A model that fits this is not spread over more; nor is one over more GPUs than a node usually has.
+_SMALL_GPU_BYTES, _MOST_GPUS = 16 << 30, 8
 #: How long each rate of this machine is measured.
 _PROBE_SECONDS = 0.1
 
@@ -47,6 +51,7 @@ def estimate(
         "input_bytes": plan.input_bytes,
         "resident_bytes": min(plan.input_bytes, source_budget_bytes()),
         "model_bytes": plan.output_bytes,
+        "gpu_bytes": _gpu_bytes(plan),
         "export_bytes": spec.top * plan.output_bytes,
         "to_measure": [{"model": each.key, "data": each.data.to_mapping()} for each in plan.missing],
         "seconds_per_point": seconds,
@@ -70,6 +75,7 @@ def estimate_text(found: dict[str, Any]) -> str:
         "merged weights per evaluator",
         f"keeps {gib(found['resident_bytes'])} of the models in memory between points"
         + ("" if found["resident_bytes"] == found["input_bytes"] else ", the rest is read again by slices"),
+        f"on GPUs an evaluator takes {_sizes(found['gpu_bytes'])}",
         f"writes {gib(found['export_bytes'])} of checkpoints",
         f"chooses by {' and '.join(found['select'])}; metrics: {', '.join(found['metrics'])}",
     ]
@@ -80,6 +86,22 @@ def estimate_text(found: dict[str, Any]) -> str:
         f"{found['basis']}"
     )
     return "\n".join(lines)
+
+
+def _gpu_bytes(plan: GridPlan) -> dict[str, int]:
+    """Return how large the GPUs have to be by their number; more than one only where models are large."""
+    needs = needs_of_grid(plan)
+    found = {1: needs.fullest(1) + RUNTIME_BYTES}
+    while found[max(found)] > _SMALL_GPU_BYTES and max(found) < _MOST_GPUS:
+        found[2 * max(found)] = needs.fullest(2 * max(found)) + RUNTIME_BYTES
+    return {str(number): num_bytes for number, num_bytes in found.items()}
+
+
+def _sizes(gpu_bytes: dict[str, int]) -> str:
+    return " or ".join(
+        f"{number} {'GPU' if number == '1' else 'GPUs'} of {gib(num_bytes)}"
+        for number, num_bytes in gpu_bytes.items()
+    )
 
 
 def _earlier_rows(folder: GridFolder) -> list[dict[str, Any]]:

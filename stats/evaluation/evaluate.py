@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
+from raymerge.stats.evaluation.parts import ModelNeeds
 from raymerge.stats.evaluation.prepared import PreparedTask
-from raymerge.stats.evaluation.resident import ResidentModel, load_resident
+from raymerge.stats.evaluation.resident import ResidentModel, load_resident, resident_of
 from raymerge.stats.evaluation.scores import Estimate, Scores
 from raymerge.stats.evaluation.task_spec import Split, TaskSpec
 from raymerge.stats.evaluation.tasks import EvaluationSpec
@@ -93,6 +94,17 @@ def evaluate_checkpoint(
         for metric, estimate in task.summarise(scores[task.task.name]).items():
             found[f"{task.task.name}.{metric}"] = estimate
     return found, scores
+
+
+def needs_of_checkpoint(checkpoint: Checkpoint, evaluation: EvaluationSpec) -> ModelNeeds:
+    """Say what a checkpoint on disk takes of devices' memory while it is scored, from its headers.
+
+    Raises:
+        RecipeError: its tensors do not make the model that some task runs.
+        MismatchError: a tensor has another shape than the model's parameter.
+    """
+    model, stored = resident_of(checkpoint, evaluation.tasks, dtype=evaluation_dtype(evaluation.dtype))
+    return model.needs(stored)
 
 
 def evaluation_dtype(name: str | None) -> torch.dtype | None:

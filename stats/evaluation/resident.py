@@ -244,17 +244,29 @@ def load_resident(
     """Read a checkpoint and bind it: a model that is scored once, on one device or spread over several."""
     import torch
 
-    stored: Stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    wanted = dtype or torch_dtype(usual_dtype(stored) or "F32")
-    resident = ResidentModel(tasks, checkpoint.folder, devices=devices, dtype=wanted)
-    number_of = resident.place(in_dtype(stored, wanted))
+    resident, stored = resident_of(checkpoint, tasks, devices=devices, dtype=dtype)
+    number_of = resident.place(stored)
     tensors = {}
     for name in checkpoint.tensors:  # one by one, so that the host never holds the model
         tensor = read_tensors(checkpoint, [name])[name]
         device = devices[number_of[name]]
-        tensors[name] = tensor.to(device, wanted if torch.is_floating_point(tensor) else None)
+        tensors[name] = tensor.to(device, resident.dtype if torch.is_floating_point(tensor) else None)
     resident.bind(tensors | {alias: tensors[name] for alias, name in checkpoint.tied.items()})
     return resident
+
+
+def resident_of(
+    checkpoint: Checkpoint,
+    tasks: Sequence[TaskSpec],
+    *,
+    devices: Sequence[str] = ("cpu",),
+    dtype: torch.dtype | None = None,
+) -> tuple[ResidentModel, Stored]:
+    """Build the models of a checkpoint without its weights; return them, and the tensors as they will be bound."""
+    stored: Stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wanted = dtype or torch_dtype(usual_dtype(stored) or "F32")
+    resident = ResidentModel(tasks, checkpoint.folder, devices=devices, dtype=wanted)
+    return resident, in_dtype(stored, wanted)
 
 
 def read_tensors(checkpoint: Checkpoint, names: Any) -> dict[str, Any]:

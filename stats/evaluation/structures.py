@@ -69,7 +69,7 @@ class Structure:
     @functools.cached_property
     def all_blocks(self) -> tuple[str, ...]:
         """Names of the blocks, in the order in which they run."""
-        return find_blocks(self.module)
+        return find_blocks(self.module) or _blocks_of_several_kinds(self.module)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -152,6 +152,21 @@ class Structure:
             return {}
         tensors = self.head.tensors
         return {name: tensors[self.head.tied.get(name, name)].shape for name in (*tensors, *self.head.tied)}
+
+
+def _blocks_of_several_kinds(model: Any) -> tuple[str, ...]:
+    """Return the names of blocks that are not all of one class, as where attention and state-space layers alternate."""
+    import torch
+
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) > 1
+        and all(type(each).__name__.endswith(("Layer", "Block")) for each in module)
+    ]
+    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    return tuple(f"{name}.{i}" for name in outer for i in range(len(model.get_submodule(name))))
 
 
 def build_structure(task: TaskSpec, folder: str) -> Structure:

@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_numbers() -> None:
         gpus([Node(64, 8, 80 * GIB)], gpus_per_evaluator=1)
     with pytest.raises(
         ClusterError,
-        match=r"needs 7\d\.\d GiB and has 48\.0 GiB on each of 2 GPU: .*; no node has more than 2 GPUs: use nodes with",
+        match=r"needs 7\d\.\d GiB and has 48\.0 GiB on each of 2 GPUs: .*; no node has more than 2 GPUs: use",
     ):
         gpus([Node(64, 2, 48 * GIB)])
     small = ModelNeeds(home_weights=GIB, block_weights=(GIB,) * 24, dtype="float16")
