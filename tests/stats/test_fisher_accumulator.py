@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raymerge.merge_actors.errors import NotFiniteError, RecipeError
-from raymerge.stats.batches import Batch, batch_tensors
+from raymerge.stats.batches import Batch, batch_tensors, shards_of
 from raymerge.stats.calibration_data import Example
 from raymerge.stats.fisher_accumulator import FisherAccumulator, check_estimator, fisher_bytes
 
@@ -83,6 +83,27 @@ def test_an_embeddings_fisher_is_the_square_of_the_sum_over_its_occurrences() ->
     expected[1], expected[5] = 4 * p * (1 - p) * weights.square(), p * (1 - p) * weights.square()
     # Gradients are float32.
     torch.testing.assert_close(fisher.total("inputs.weight").reshape(8, -1), expected, rtol=1e-5, atol=0)
+
+
+def test_the_grouping_of_shards_over_workers_does_not_change_a_bit() -> None:
+    """Sums of float32 in float64 are exact while the shards of an element lie within 2**24 of each other."""
+    num_shards = 32
+    exponents_SP = torch.randint(-12, 12, (num_shards, 4096), generator=torch.Generator().manual_seed(1))
+    shards_SP = torch.rand(num_shards, 4096, generator=torch.Generator().manual_seed(2)) * 2.0**exponents_SP
+
+    def total(num_workers: int) -> torch.Tensor:
+        totals = []
+        for worker in range(num_workers):
+            fisher = FisherAccumulator(torch.nn.Linear(4096, 1, bias=False), ["weight"], "empirical")
+            for shard in shards_of(worker, num_workers, num_shards):
+                fisher._shard["weight"].copy_(shards_SP[shard])
+                fisher.end_shard()
+            totals.append(fisher.total("weight"))
+        for other in totals[1:]:
+            totals[0].add_(other)
+        return totals[0]
+
+    assert all(torch.equal(total(num_workers), total(1)) for num_workers in (2, 3, 4, 7))
 
 
 def test_sampled_fisher_has_the_expected_fisher_as_its_mean() -> None:
