@@ -87,7 +87,8 @@ def _host(work: Path, name: str, address: str, public_key: Path, hidden: Path) -
 def _start_sshd(home: Path, name: str, address: str, hidden: Path) -> subprocess.Popen[bytes]:
     script = (
         f"set -e; mount --make-rprivate /; hostname {name}; mkdir -p /run/sshd; mount --bind {home} /root; "
-        f"mount --bind {home}/tmp /tmp; mount -t tmpfs none /dev/shm; mount -t tmpfs none {hidden}; cd /root; "
+        f"mount --bind {home}/tmp /tmp; mount -t tmpfs none /dev/shm; "
+        f"if [ -d {hidden} ]; then mount -t tmpfs none {hidden}; fi; cd /root; "  # else its own /tmp hides it
         f"exec /usr/sbin/sshd -D -e -h ~root/host_key -o ListenAddress={address} -o PidFile=none -o UsePAM=no "
         "-o StrictModes=no -o PermitRootLogin=yes"
     )
