@@ -56,9 +56,7 @@ _RUN_OPTIONS = (
     click.option(
         "--gpus-per-evaluator",
         type=float,
-        default=1.0,
-        show_default=True,
-        help="Share of a GPU: 0.5 puts two evaluators on each.",
+        help="0.5 puts two evaluators on each GPU, 4 spreads a model over four [default: as few as hold it].",
     ),
     click.option(
         "--threads-per-evaluator",

@@ -145,7 +145,12 @@ def _place(
 ) -> EvaluatorPlacement:
     """Place evaluators on nodes; the memory of their GPUs is asked for where there are any."""
     found = nodes(False)
-    if needs is None or choose_device(options.device, sum(node.num_gpus for node in found)) == "cpu":
+    device = choose_device(options.device, sum(node.num_gpus for node in found))
+    if device == "cpu" and options.gpus_per_evaluator is not None:
+        on_remark(
+            f"note: --gpus-per-evaluator {options.gpus_per_evaluator:g} has no effect: points run on CPUs"
+        )
+    if needs is None or device == "cpu":
         return place_evaluators(found, options)
     needed = needs()
     placement = place_evaluators(nodes(True), options, needed)

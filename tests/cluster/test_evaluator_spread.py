@@ -144,6 +144,8 @@ def test_a_run_spreads_its_models_when_they_need_it(monkeypatch: pytest.MonkeyPa
         connect([node], monkeypatch, texts, gpus_per_evaluator=1)
     group, _ = connect([node], monkeypatch, texts, device="cpu")  # whose memory nobody asks for
     assert group._job.device == "cpu" and group._job.num_devices == 1
+    _, remarks = connect([node], monkeypatch, texts, device="cpu", gpus_per_evaluator=2)
+    assert remarks == ["note: --gpus-per-evaluator 2 has no effect: points run on CPUs"]
 
 
 def test_a_slot_looks_at_every_device_before_it_takes_memory(

@@ -12,7 +12,7 @@ import torch
 import transformers
 from fake_devices import FakeDevices
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from raymerge.merge_actors.checkpoint.folder import open_checkpoint
 from raymerge.stats.evaluation.evaluate import prepare_task
@@ -63,10 +63,13 @@ def deep_model(tiny_checkpoints: Maker, tmp_path_factory: pytest.TempPathFactory
 
     def make(architecture: str, *, tied: bool = True) -> Path:
         if (architecture, tied) not in made:
-            base = tiny_checkpoints(architecture).base
+            base = tiny_checkpoints("llama" if architecture == "mixtral" else architecture).base
             sizes = {"num_hidden_layers": 5, "num_layers": 5, "num_decoder_layers": 5, "n_layer": 5}
             config = AutoConfig.from_pretrained(base, **sizes, tie_word_embeddings=tied)
             config.decoder_start_token_id = 0
+            if architecture == "mixtral":
+                config = MixtralConfig(**{**config.to_dict(), "num_local_experts": 3, "architectures": None})
+                config.architectures = ["MixtralForCausalLM"]
             folder = tmp_path_factory.mktemp("deep")
             with torch.random.fork_rng():
                 torch.manual_seed(1)
@@ -88,6 +91,7 @@ def deep_model(tiny_checkpoints: Maker, tmp_path_factory: pytest.TempPathFactory
         ("llama", True, LOSS),
         ("llama", False, CHOICE),
         ("llama", True, GENERATION),
+        ("mixtral", False, LOSS),
         ("gpt2", True, LOSS),
         ("gpt2", True, GENERATION),
         ("t5", True, GENERATION),
@@ -117,6 +121,22 @@ def test_scores_are_those_of_one_device(
     for name, array in alone.items():
         np.testing.assert_array_equal(array, spread[name])
     assert sorted(devices.used) == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [LOSS, GENERATION], ids=["loss", "generation"])
+def test_real_devices(fields: dict[str, Any], deep_model: Maker, texts: Path, evaluation_of: Maker) -> None:
+    """One GPU and the host are two devices: torch itself refuses an operation on tensors of both."""
+    folder = deep_model("llama")
+    (task,) = evaluation_of(validation=texts, batch_tokens=40, **fields).tasks
+    prepared = prepare_task(task, "validation", str(folder))
+    alone = prepared.score(load_resident(open_checkpoint(folder), [task]))
+    model = load_resident(open_checkpoint(folder), [task], devices=("cuda:0", "cpu", "cuda:0"))
+    devices = {parameter.device.type for parameter in model.module(task).parameters()}
+    assert devices == {"cuda", "cpu"}
+    spread = prepared.score(model)
+    for name, array in alone.items():  # sums in another order on the GPU
+        np.testing.assert_allclose(array, spread[name], rtol=1e-4)
 
 
 def test_a_model_whose_hooks_are_gone_is_caught(
@@ -180,6 +200,19 @@ def test_a_block_that_shares_a_parameter_with_the_outside_stays_home() -> None:
     structure = Structure(module, None, "here")
     assert structure.all_blocks == tuple(f"model.layers.{i}" for i in range(4))
     assert structure.blocks == ("model.layers.0",)
+
+
+def test_blocks_of_several_kinds_are_blocks_too() -> None:
+    class AttentionLayer(torch.nn.Linear):
+        pass
+
+    class StateSpaceLayer(torch.nn.Linear):
+        pass
+
+    module = torch.nn.Module()
+    module.layers = torch.nn.ModuleList([AttentionLayer(2, 2), StateSpaceLayer(2, 2)])
+    module.heads = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)])
+    assert Structure(module, None, "here").blocks == ("layers.0", "layers.1")
 
 
 def test_needs_are_weights_logits_and_caches(deep_model: Maker, texts: Path, evaluation_of: Maker) -> None:
