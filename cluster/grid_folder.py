@@ -23,6 +23,7 @@ from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME
 from raymerge.cluster.select import Objective, Selection
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
+from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 
 RUN_NAME = "run.json"
 BEST_NAME = "best.json"
@@ -33,8 +34,18 @@ class GridFolder:
     """The folder of one grid or search."""
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
-        """Name the folder; nothing is touched."""
-        self.path = os.path.abspath(out)
+        """Name the folder; nothing is touched.
+
+        Raises:
+            OutputError: it is a URI of a store.
+        """
+        place = without_file_scheme(os.fspath(out))
+        if is_remote(place):
+            raise OutputError(
+                f"results of a grid or search go to a local or shared folder, and {place} is none; name a folder, and "
+                "copy it to the store when it is done"
+            )
+        self.path = os.path.abspath(place)
 
     def file(self, name: str) -> str:
         """Return the path of a file in it."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from raymerge.merge_actors.storage.uris import without_file_scheme
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRef:
@@ -88,6 +90,7 @@ def _parse_string(text: str) -> ModelRef:
 
 def _parse_path(text: str) -> ModelRef:
     """Split path@revision; in a URI other than hf:// an "@" is part of the address."""
+    text = without_file_scheme(text)
     scheme, is_uri, _ = text.partition("://")
     if is_uri and scheme != "hf":
         return ModelRef(path=text)
@@ -114,7 +117,7 @@ def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
     elif "model" in value:
         model = parse_model(inner)
     else:
-        model = ModelRef(path=_text(value["path"], "path"))
+        model = ModelRef(path=without_file_scheme(_text(value["path"], "path")))
     lora = value.get("lora", value.get("adapter"))
     adapter = model.adapter if lora is None else parse_model(lora)
     if adapter and (adapter.adapter or (model.adapter and lora is not None)):

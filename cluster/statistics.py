@@ -18,7 +18,7 @@ from raymerge.cluster.statistics_options import StatisticsOptions, StatisticsPro
 from raymerge.cluster.statistics_run import OUTPUT, StatisticsRun, journal_path
 from raymerge.merge_actors.checkpoint.adapted import open_model
 from raymerge.merge_actors.errors import OutputError
-from raymerge.merge_actors.storage.uris import is_remote
+from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 from raymerge.stats.measure_job import MeasureJob
 from raymerge.stats.own_code import code_remark
 from raymerge.stats.statistics_file import MANIFEST, Statistics, open_statistics, write_json
@@ -79,7 +79,7 @@ def collect_statistics(
         RaymergeError: with one sentence for the user; `out` is then as it was before.
     """
     started = time.monotonic()
-    place = os.fspath(out)
+    place = without_file_scheme(os.fspath(out))
     if is_remote(place):
         results: list[StatisticsResult] = []
 

@@ -18,7 +18,7 @@ from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOU
 from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
-from raymerge.merge_actors.storage.uris import is_remote
+from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 from raymerge.stats.statistics_file import MANIFEST
 
 #: What makes a folder an output: of a merge, of a measurement.
@@ -88,7 +88,7 @@ def run_status(out: str | os.PathLike[str]) -> RunStatus:
     Raises:
         OutputError: there is neither an output, in OUT or right below it, nor a run for it.
     """
-    place = os.fspath(out)
+    place = without_file_scheme(os.fspath(out))
     folder = RemoteRunFolder(place, is_campaign=False) if is_remote(place) else RunFolder(place)
     owner, is_alive = _remote_owner(folder.path) if is_remote(place) else _local_owner(folder.path)
     headers, num_done, moved, last = [], 0, [0, 0], None

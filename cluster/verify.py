@@ -26,7 +26,7 @@ from raymerge.merge_actors.checksum import add_checksums, piece_checksum
 from raymerge.merge_actors.errors import CheckpointError, VerifyError
 from raymerge.merge_actors.storage.folders import entries, exists, map_concurrently, read_bytes
 from raymerge.merge_actors.storage.storage_files import StorageFiles
-from raymerge.merge_actors.storage.uris import absolute, is_remote
+from raymerge.merge_actors.storage.uris import absolute, is_remote, without_file_scheme
 
 #: What a thread reads at once, rounded down to whole chunks of a checksum.
 _PIECE_BYTES = 16 << 20
@@ -72,7 +72,7 @@ def verify(
     Raises:
         VerifyError: naming the first file or tensor that differs, and both values.
     """
-    place = os.fspath(out)
+    place = without_file_scheme(os.fspath(out))
     folders = _or_verify_error(lambda: _outputs_of(absolute(place) if is_remote(place) else place))
     return Verification(
         outputs=tuple(_verify_one(folder, load=load, trust_code=trust_remote_code) for folder in folders)

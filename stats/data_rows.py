@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.storage.uris import without_file_scheme
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,6 +56,7 @@ class DataSpec:
     """Join the texts of a shard and cut them into examples of `max_length` (language models)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", without_file_scheme(self.source))
         for name in ("samples", "max_length", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,11 +12,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from raymerge.merge_actors.storage.store import Entry
+from raymerge.merge_actors.storage.store import Entry, NoClientError
 
 #: Seconds without a byte after which a request is given up.
 _STALLED_SECONDS = 15
 _CONNECT_SECONDS = 5
+#: How often the objects of a folder are listed and removed.
+_DELETE_ATTEMPTS = 5
+#: What S3 and Azure, and GCS, call the tag of an object's content.
+_TAGS = ("ETag", "etag", "generation")
 #: How often the client sends one part of an upload.
 _PART_ATTEMPTS = 6
 
@@ -27,8 +31,8 @@ class ArrowReader:
     def __init__(self, file: Any) -> None:
         self._file = file
         self.num_bytes: int = file.size()
-        tag = (file.metadata() or {}).get("ETag", b"")
-        self.tag: str = tag.decode() if isinstance(tag, bytes) else str(tag)
+        found = file.metadata() or {}
+        self.tag: str = next((found[key].decode() for key in _TAGS if found.get(key)), "")
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset` by one request."""
@@ -59,8 +63,11 @@ class ArrowStore:
 
         try:  # not `allow_not_found`: that hides the absence of the bucket
             return [_entry(info) for info in self._reading.get_file_info(FileSelector(_path(uri)))]
-        except FileNotFoundError:
-            return []
+        except OSError as error:
+            # GCS's client gives its error no number.
+            if isinstance(error, FileNotFoundError) or str(error).startswith("No such file or directory"):
+                return []
+            raise
 
     def open(self, uri: str) -> ArrowReader:
         """Open an object for reading."""
@@ -100,7 +107,12 @@ class ArrowStore:
 
     def delete_folder(self, uri: str) -> None:
         """Remove all objects under a URI."""
-        self._writing.delete_dir_contents(_path(uri), missing_dir_ok=True)
+        for _ in range(_DELETE_ATTEMPTS):
+            try:
+                self._writing.delete_dir_contents(_path(uri), missing_dir_ok=True)
+            except FileNotFoundError:
+                continue  # an object that went meanwhile, perhaps by our own request: see to the others
+            break
         with contextlib.suppress(OSError):  # an empty marker, where the store has such things
             self._writing.delete_dir(_path(uri))
 
@@ -109,7 +121,7 @@ def make_arrow_store(uri: str) -> ArrowStore:
     """Make the clients of a bucket.
 
     Raises:
-        OSError: pyarrow lacks the file system, or it refuses the settings of the environment.
+        NoClientError: pyarrow lacks the file system, or it refuses the settings of the environment.
     """
     from pyarrow import ArrowException
 
@@ -118,9 +130,9 @@ def make_arrow_store(uri: str) -> ArrowStore:
     try:
         return makers.get(scheme, _azure)(uri)
     except ImportError as error:
-        raise PermissionError(f"this pyarrow was built without {scheme}://: {error}") from error
+        raise NoClientError(f"this pyarrow was built without {scheme}://: {error}") from error
     except (ArrowException, ValueError) as error:
-        raise PermissionError(f"no client for {scheme}:// can be made: {error}") from error
+        raise NoClientError(f"no client for {scheme}:// can be made: {error}") from error
 
 
 def _s3(uri: str) -> ArrowStore:
@@ -153,9 +165,13 @@ def _gcs(uri: str) -> ArrowStore:
     from pyarrow.fs import GcsFileSystem
 
     del uri
+    options: dict[str, Any] = {}
+    if endpoint := os.environ.get("STORAGE_EMULATOR_HOST"):  # Google's own name for another server
+        parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme, "anonymous": True}
     return ArrowStore(
-        GcsFileSystem(retry_time_limit=timedelta(seconds=_CONNECT_SECONDS)),
-        GcsFileSystem(retry_time_limit=timedelta(seconds=60)),
+        GcsFileSystem(retry_time_limit=timedelta(seconds=_CONNECT_SECONDS), **options),
+        GcsFileSystem(retry_time_limit=timedelta(seconds=60), **options),
     )
 
 
@@ -169,10 +185,19 @@ def _azure(uri: str) -> ArrowStore:
         raise ValueError(
             "write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, or set AZURE_STORAGE_ACCOUNT_NAME"
         )
+    options: dict[str, Any] = {}
+    if endpoint := os.environ.get("AZURE_STORAGE_SERVICE_ENDPOINT"):  # as Azure's command line calls it
+        parts = urlsplit(endpoint)
+        for service in ("blob", "dfs"):
+            options |= {
+                f"{service}_storage_authority": parts.netloc,
+                f"{service}_storage_scheme": parts.scheme,
+            }
     client = AzureFileSystem(
         account_name=account,
         account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"),
         sas_token=os.environ.get("AZURE_STORAGE_SAS_TOKEN"),
+        **options,
     )
     return ArrowStore(client, client)
 
@@ -180,7 +205,14 @@ def _azure(uri: str) -> ArrowStore:
 def _hdfs(uri: str) -> ArrowStore:
     from pyarrow.fs import FileSystem
 
-    client, _ = FileSystem.from_uri(uri)
+    try:
+        client, _ = FileSystem.from_uri(uri)
+    except OSError as error:
+        if "libhdfs" in str(error):
+            raise NoClientError(
+                "no client for hdfs:// can be made: it needs libhdfs and a Java on every node (HADOOP_HOME, JAVA_HOME)"
+            ) from error
+        raise
     return ArrowStore(client, client)
 
 

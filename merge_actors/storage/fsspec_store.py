@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from raymerge.merge_actors.storage.store import Entry
+from raymerge.merge_actors.storage.store import Entry, NoClientError
 
 _PERMISSION_STATUS = (401, 403)
 
@@ -109,7 +109,7 @@ def make_fsspec_store(uri: str) -> FsspecStore:
     """Make the client of a scheme.
 
     Raises:
-        OSError: fsspec does not know the scheme, or needs a package that is not installed.
+        NoClientError: fsspec does not know the scheme, or needs a package that is not installed.
     """
     import fsspec
 
@@ -117,7 +117,10 @@ def make_fsspec_store(uri: str) -> FsspecStore:
     try:
         return FsspecStore(fsspec.filesystem(scheme, **_options(scheme, uri)))
     except (ValueError, ImportError) as error:
-        raise FileNotFoundError(f"no client for {scheme}:// can be made: {error}") from error
+        reason = str(error).rstrip(".")
+        raise NoClientError(
+            f"no client for {scheme}:// can be made ({reason}); docs/storage.md lists what is supported"
+        ) from error
 
 
 def _options(scheme: str, uri: str) -> dict[str, Any]:

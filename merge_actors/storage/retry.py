@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from raymerge.merge_actors.errors import RaymergeError
+from raymerge.merge_actors.storage.store import NoClientError
 from raymerge.merge_actors.storage.uris import redacted
 
 T = TypeVar("T")
@@ -76,6 +77,8 @@ def permanent_reason(error: OSError) -> str | None:
             f"access is refused ({one_line(error)}); check the credentials of this node's environment or instance "
             "(docs/storage.md)"
         )
+    if isinstance(error, NoClientError):
+        return one_line(error)
     if isinstance(error, FileNotFoundError):
         return "it does not exist; check the name"
     if isinstance(error, IsADirectoryError | NotADirectoryError):

@@ -32,6 +32,10 @@ class Entry:
     """By the store's clock; None where it does not tell."""
 
 
+class NoClientError(OSError):
+    """No client can be made for a URI: its scheme, a package or a setting is not there."""
+
+
 class Reader(Protocol):
     """An object that is open for reading by range; one range at a time."""
 
@@ -76,7 +80,7 @@ def store_of(uri: str) -> Store:
     """Return this process's client for a URI.
 
     Raises:
-        OSError: the client cannot be made.
+        NoClientError: the client cannot be made.
     """
     parts = urlsplit(uri)
     key = (parts.scheme, parts.netloc)

@@ -28,14 +28,18 @@ def is_remote(path: str) -> bool:
     return _SCHEME.match(path) is not None and not path.startswith("file://")
 
 
+def without_file_scheme(path: str) -> str:
+    """Return a local path that was written as file:///PATH as a path, anything else as it is."""
+    return path.removeprefix("file://")
+
+
 def absolute(path: str) -> str:
     """Return a URI without a slash at its end, or an absolute local path with `~` resolved.
 
     Raises:
         RaymergeError: a URI carries credentials or a query, or names no place.
     """
-    if path.startswith("file://"):
-        path = path.removeprefix("file://")
+    path = without_file_scheme(path)
     if not is_remote(path):
         return os.path.abspath(os.path.expanduser(path))
     return checked(path)
