@@ -92,6 +92,7 @@ class _Matcher:
         self._names: list[str] = []
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
         self._averages: dict[tuple[Value, ...], Settings] = {}
+        self._thinned: dict[str, Settings] = {}
 
     def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[Place]) -> list[MergedTensor]:
         """Match the tensors of one slice of layers; those that are left out are noted."""
@@ -221,7 +222,7 @@ class _Matcher:
         if self.method.statistic is not None:
             excluded = is_excluded(place.name, self.recipe.exclude)
             if excluded or not all_measured(models):
-                return self._fall_back(layers, place, present, models, settings, excluded)
+                return self._fall_back(layers, place, present, models, settings, streams, excluded)
             coverage = "measured"
             if self.method.kind == "solve":
                 self._check_rows(place.name, models, settings)
@@ -244,17 +245,18 @@ class _Matcher:
         present: Sequence[Operand],
         models: Sequence[Operand],
         settings: Settings,
+        streams: Sequence[str],
         excluded: bool,
     ) -> MergedTensor:
         """Treat a tensor that is not merged by statistics: excluded, not measured, or not measurable."""
         kind = self.method.statistic
-        weights = [model["weight"] for model in settings.models]
+        base = present[0] if layers.base else None
         names = place.source_names[-len(layers.sources) :]
         is_expected = any(map(self._is_expected, layers.sources, names))
         if not (excluded or is_expected):
             note = f"averaged, no {kind} statistics for it"
             self._note(note, place.name)
-            return self._average(place.name, models, note, weights)
+            return self._mean(place.name, base, models, note, settings, streams)
         why = "excluded" if excluded else f"no {kind} statistics"
         coverage: Literal["", "excluded", "fallback"] = "excluded" if excluded else "fallback"
         coverage = coverage if is_expected else ""
@@ -268,10 +270,11 @@ class _Matcher:
         if policy in ("mean", "error"):
             note = f"{why}: averaged"
             self._note(note, place.name)
-            return dataclasses.replace(self._average(place.name, models, note, weights), coverage=coverage)
+            found = self._mean(place.name, base, models, note, settings, streams)
+            return dataclasses.replace(found, coverage=coverage)
         chosen = self._fallback_operand(place.name, present)
-        found = self._copy(place.name, chosen, f"{why}: taken from {chosen.model}")
-        return dataclasses.replace(found, coverage=coverage)
+        copied = self._copy(place.name, chosen, f"{why}: taken from {chosen.model}")
+        return dataclasses.replace(copied, coverage=coverage)
 
     def _is_expected(self, use: SourceUse, name: str) -> bool:
         """Return whether a tensor should have been measured: for Grams, whether it is a linear map."""
@@ -345,6 +348,25 @@ class _Matcher:
         note = "averaged over the models that have it"
         self._note(note, place.name)
         return self._average(place.name, having, note, [1.0] * len(having))
+
+    def _mean(
+        self,
+        name: str,
+        base: Operand | None,
+        models: Sequence[Operand],
+        note: str,
+        settings: Settings,
+        streams: Sequence[str],
+    ) -> MergedTensor:
+        """Average a tensor with the weights of a method by statistics, and with its sparsifying steps."""
+        averaged = self._average(name, models, note, [model["weight"] for model in settings.models])
+        if base is None or not any(model.get("sparsify") for model in settings.models):
+            return averaged
+        kept = tuple(
+            {key: model[key] for key in ("weight", "sparsify") if key in model} for model in settings.models
+        )
+        thinned = self._thinned.setdefault(repr(kept), Settings(shared={"normalize": True}, models=kept))
+        return dataclasses.replace(averaged, settings=thinned, base=base, stream_names=tuple(streams))
 
     def _average(
         self, name: str, operands: Sequence[Operand], note: str, weights: Sequence[Value]

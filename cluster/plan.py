@@ -100,7 +100,9 @@ class Plan:
         for task in self._parts():
             if isinstance(task, SolveTask):
                 files.update(gram.file for gram in task.grams)
-            reads = [part.reads for part in (task.jobs if isinstance(task, SolveTask) else task.pieces)]
+                reads = [job.all_reads for job in task.jobs]
+            else:
+                reads = [piece.reads for piece in task.pieces]
             for read in itertools.chain.from_iterable(reads):
                 files.add(read.file)
                 if read.low_rank is not None:
@@ -152,7 +154,8 @@ class _Planner:
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for group in groups:
             pieces += self._cut(group)
-        solves = plan_solves(tensors, self._places, self._intern)
+        seeds = [recipe.recipe.seed for recipe in self.recipes]
+        solves = plan_solves(tensors, self._places, seeds, self._intern)
         tasks = self._numbered(self._grouped([*self._pack(pieces), *solves]))
         return Plan(
             recipes=tuple(self.recipes),

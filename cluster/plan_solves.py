@@ -12,7 +12,11 @@ from raymerge.cluster.matched import MergedTensor, Operand
 from raymerge.cluster.plan_reads import is_solved_for, read_of
 from raymerge.merge_actors.checksum import checksum_chunk_bytes
 from raymerge.merge_actors.dtypes import element_bytes
+from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
+from raymerge.merge_actors.methods.prepare import model_wide_steps, steps_of
+from raymerge.merge_actors.randomness import stream_key
 from raymerge.merge_actors.task import GramRead, SolveJob, SolveSet, SolveTask
 
 _GRAM_BYTES = element_bytes("F32")
@@ -21,6 +25,7 @@ _GRAM_BYTES = element_bytes("F32")
 def plan_solves(
     recipes: Sequence[Sequence[MergedTensor]],
     places: Sequence[Mapping[str, tuple[str, int]]],
+    seeds: Sequence[int],
     settings_of: Callable[[MergedTensor], int],
 ) -> list[SolveTask]:
     """Return one task for the matrices that share one input, of all recipes and settings.
@@ -30,13 +35,17 @@ def plan_solves(
     Args:
         recipes: the tensors of each recipe.
         places: of each recipe, by tensor: output file, and first byte in it.
+        seeds: of each recipe.
         settings_of: gives the index of a tensor's settings.
+
+    Raises:
+        RecipeError: a recipe sparsifies matrices that are solved for by a threshold over the whole model.
     """
     groups: dict[tuple[GramRead, ...], dict[tuple[int, int], list[SolveJob]]] = {}
     for number, tensors in enumerate(recipes):
         for tensor in tensors:
             if is_solved_for(tensor):
-                for grams, job in _jobs(tensor, *places[number][tensor.name]):
+                for grams, job in _jobs(tensor, *places[number][tensor.name], seeds[number]):
                     sets = groups.setdefault(grams, {})
                     sets.setdefault((number, settings_of(tensor)), []).append(job)
     return [
@@ -56,17 +65,23 @@ def chunk_bytes_of(tensor: MergedTensor) -> int:
     return checksum_chunk_bytes(tensor.shape, tensor.dtype)
 
 
-def _jobs(tensor: MergedTensor, file: str, offset: int) -> Iterator[tuple[tuple[GramRead, ...], SolveJob]]:
+def _jobs(
+    tensor: MergedTensor, file: str, offset: int, seed: int
+) -> Iterator[tuple[tuple[GramRead, ...], SolveJob]]:
     """Yield every matrix of a tensor with its Grams: one, or one per expert."""
+    base = _base_of_steps(tensor)
     first, second = tensor.shape[-2:]
     reads = [read_of(operand) for operand in tensor.models]
     is_transposed = any(each.statistic is not None and each.statistic.is_transposed for each in tensor.models)
     for expert in range(math.prod(tensor.shape[:-2])):
         begin = expert * first * second
+        name = tensor.name if len(tensor.shape) == 2 else f"{tensor.name}[{expert}]"
         job = SolveJob(
             tensor=tensor.name,
             shape=(first, second),
             reads=tuple(read.shifted(begin) for read in reads),
+            base=None if base is None else read_of(base).shifted(begin),
+            keys=() if base is None else tuple(stream_key(seed, each, name) for each in tensor.stream_names),
             is_transposed=is_transposed,
             file=file,
             offset=offset + begin * element_bytes(tensor.dtype),
@@ -75,6 +90,19 @@ def _jobs(tensor: MergedTensor, file: str, offset: int) -> Iterator[tuple[tuple[
             chunk_bytes=chunk_bytes_of(tensor),
         )
         yield tuple(_gram_read(operand, expert) for operand in tensor.models), job
+
+
+def _base_of_steps(tensor: MergedTensor) -> Operand | None:
+    """Return the base if some model is sparsified, else None."""
+    method = METHODS[tensor.method]
+    if not any(steps_of(method, tensor.settings, SPARSIFIERS)):
+        return None
+    if model_wide_steps(method, tensor.settings, SPARSIFIERS):
+        raise RecipeError(
+            f"sparsify with trim: model cannot come before {tensor.method}, which solves for {tensor.name} and other "
+            "matrices one by one; set trim: tensor"
+        )
+    return tensor.base
 
 
 def _gram_read(operand: Operand, expert: int) -> GramRead:

@@ -44,7 +44,7 @@ def recipes_to_blame(task: Instruction, error: BaseException) -> frozenset[int]:
         readers = frozenset(
             each.recipe
             for each in task.sets
-            if any(error.path == read.file for job in each.jobs for read in job.reads)
+            if any(error.path == read.file for job in each.jobs for read in job.all_reads)
         )
         return readers or recipes
     if error.path is not None:

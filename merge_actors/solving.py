@@ -10,12 +10,15 @@ from raymerge.merge_actors.errors import NotFiniteError
 from raymerge.merge_actors.files import Files
 from raymerge.merge_actors.inputs import read_pieces
 from raymerge.merge_actors.known_sums import KnownSums
+from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
+from raymerge.merge_actors.methods.block import Pool
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
-from raymerge.merge_actors.methods.interface import Settings
+from raymerge.merge_actors.methods.interface import Method, Settings
 from raymerge.merge_actors.methods.positive_definite import FactorReport
 from raymerge.merge_actors.methods.regmean_solve import GramSums, InputGram
+from raymerge.merge_actors.methods.slices import TensorSlice, prepare_slices
 from raymerge.merge_actors.nonfinite import count_nonfinite
-from raymerge.merge_actors.task import GramRead, Piece, PieceReport, Read, SolveJob, SolveTask
+from raymerge.merge_actors.task import GramRead, Piece, PieceReport, SolveJob, SolveTask
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +33,7 @@ class Solving:
     def __init__(
         self,
         task: SolveTask,
-        settings: Sequence[Settings],
+        settings: Sequence[tuple[str, Settings]],
         files: Files,
         device: torch.device,
         known: KnownSums | None = None,
@@ -39,7 +42,7 @@ class Solving:
 
         Args:
             task: what to solve for.
-            settings: of each set of the task.
+            settings: name of the method and parameters of each set of the task.
             files: to read from.
             device: where to solve.
             known: sums of earlier runs.
@@ -49,7 +52,7 @@ class Solving:
         self._settings = settings
         is_shared = len(task.sets) > 1
         self._grams = _GramsOnDisk(task.grams, files, device, keeps=is_shared)
-        self._kept_weights: dict[tuple[Read, ...], list[torch.Tensor]] | None = {} if is_shared else None
+        self._kept_weights: dict[object, list[torch.Tensor]] | None = {} if is_shared else None
         self._sums: dict[tuple[tuple[float, ...], str], GramSums] = {}
 
     def solve(self, number: int) -> tuple[list[torch.Tensor], FactorReport]:
@@ -61,8 +64,9 @@ class Solving:
             raise
 
     def _solve(self, number: int) -> tuple[list[torch.Tensor], FactorReport]:
-        shared, jobs = self._settings[number].shared, self.task.sets[number].jobs
-        weights = tuple(float(model["weight"] or 0) for model in self._settings[number].models)
+        method, settings = self._settings[number]
+        shared, jobs = settings.shared, self.task.sets[number].jobs
+        weights = tuple(float(model["weight"] or 0) for model in settings.models)
         normalize = str(shared["normalize"])
         if (weights, normalize) not in self._sums:
             self._sums = {(weights, normalize): self._add_up(weights, normalize)}
@@ -70,7 +74,8 @@ class Solving:
         merged: dict[tuple[str, int], torch.Tensor] = {}
         for is_transposed in sorted({job.is_transposed for job in jobs}):
             alike = [job for job in jobs if job.is_transposed == is_transposed]
-            found = factor.merge([self._weights(job) for job in alike], is_transposed=is_transposed)
+            models = [self._weights(job, method, settings) for job in alike]
+            found = factor.merge(models, is_transposed=is_transposed)
             merged |= {(job.tensor, job.first_byte): matrix for job, matrix in zip(alike, found, strict=True)}
         return [merged[job.tensor, job.first_byte] for job in jobs], factor.report
 
@@ -80,26 +85,67 @@ class Solving:
         key = (self.task.grams, weights, normalize, self.device)
         return self._known.get(key, lambda: GramSums(self._grams, weights, normalize))
 
-    def _weights(self, job: SolveJob) -> list[torch.Tensor]:
-        """Return one matrix of every model."""
+    def _weights(self, job: SolveJob, method: str, settings: Settings) -> list[torch.Tensor]:
+        """Return one matrix of every model, sparsified where the recipe says so."""
         if self._kept_weights is None:
-            return self._read_weights(job)
-        if job.reads not in self._kept_weights:
-            self._kept_weights[job.reads] = self._read_weights(job)
-        return self._kept_weights[job.reads]
+            return self._read_weights(job, method, settings)
+        steps = None if job.base is None else repr([model.get("sparsify") for model in settings.models])
+        key = (job.all_reads, job.keys, steps)
+        if key not in self._kept_weights:
+            self._kept_weights[key] = self._read_weights(job, method, settings)
+        return self._kept_weights[key]
 
-    def _read_weights(self, job: SolveJob) -> list[torch.Tensor]:
+    def _read_weights(self, job: SolveJob, method: str, settings: Settings) -> list[torch.Tensor]:
         import torch
 
-        piece = Piece(shape=job.shape, begin=0, end=job.num_elements, reads=job.reads, jobs=())
-        arena_P = torch.empty(piece.read_bytes + 64 * len(job.reads), dtype=torch.uint8)
+        piece = Piece(shape=job.shape, begin=0, end=job.num_elements, reads=job.all_reads, jobs=())
+        arena_P = torch.empty(piece.read_bytes + 64 * len(piece.reads), dtype=torch.uint8)
         inputs = read_pieces([piece], self.files, arena_P)[0]
-        for read, tensor_P in zip(job.reads, inputs, strict=True):
+        for read, tensor_P in zip(piece.reads, inputs, strict=True):
             if count_nonfinite(tensor_P):
                 raise NotFiniteError(
                     f"tensor {read.tensor} of model {read.model} holds NaN or infinite values; mend the model"
                 )
-        return [tensor_P.view(job.shape).to(self.device) for tensor_P in inputs]
+        on_device = [tensor_P.to(self.device) for tensor_P in inputs]
+        if job.base is not None:
+            *models, base_P = on_device
+            on_device = sparsify_matrix(METHODS[method], settings, job, models, base_P)
+        return [tensor_P.view(job.shape) for tensor_P in on_device]
+
+
+def sparsify_matrix(
+    method: Method, settings: Settings, job: SolveJob, models: Sequence[torch.Tensor], base_P: torch.Tensor
+) -> list[torch.Tensor]:
+    """Put the recipe's sparsifying steps before a solve: base + step(model - base) for each model.
+
+    Args:
+        method: the method that solves.
+        settings: for this matrix.
+        job: the matrix; its keys are those of the random steps.
+        models: one flat tensor each, any float dtype.
+        base_P: the base's, flat.
+
+    Returns:
+        The models' elements in the compute dtype, flat, in the order of `models`.
+    """
+    import torch
+
+    matrix = TensorSlice(
+        method=method,
+        settings=settings,
+        sparsifiers=SPARSIFIERS,
+        shape=job.shape,
+        begin=0,
+        base_P=base_P,
+        models_P=models,
+        keys=job.keys,
+        pool=Pool(base_P.device),
+    )
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
+    for block in matrix.blocks(prepare_slices([matrix])):
+        for i, of_model in enumerate(parts):
+            of_model.append(block.model(i).reshape(-1).clone())
+    return [torch.cat(of_model) for of_model in parts]
 
 
 def report_solve(

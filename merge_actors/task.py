@@ -181,6 +181,10 @@ class SolveJob:
     shape: tuple[int, int]
     reads: tuple[Read, ...]
     """One per model."""
+    base: Read | None = None
+    """Of the base, where models are sparsified before they are solved for: a step thins a model's delta from it."""
+    keys: tuple[int, ...] = ()
+    """Key of each model's random stream for this matrix, where models are sparsified."""
     is_transposed: bool
     """Stored (in, out), as GPT-2's Conv1D."""
     file: str
@@ -196,6 +200,11 @@ class SolveJob:
     def num_elements(self) -> int:
         """Elements of the matrix."""
         return math.prod(self.shape)
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        """The models' reads, then the base's where there is one."""
+        return self.reads if self.base is None else (*self.reads, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +238,7 @@ class SolveTask:
     def read_bytes(self) -> int:
         """Bytes that the task reads; for a single set each Gram once to factorise and once for the right-hand sides."""
         grams = sum(2 * gram.in_features * (gram.in_features + 1) for gram in self.grams)
-        distinct = {job.reads: job.num_elements for job in self.jobs}
+        distinct = {job.all_reads: job.num_elements for job in self.jobs}
         weights = sum(
             num_elements * element_bytes(read.dtype)
             for reads, num_elements in distinct.items()

@@ -301,7 +301,7 @@ class MergeWorker:
         lane = self._lanes.get()
         reports, warnings = [], []
         watch = _Stopwatch()
-        settings = [self.context.settings[each.settings][1] for each in task.sets]
+        settings = [self.context.settings[each.settings] for each in task.sets]
         known = self._memory.sums if self._memory else None
         solving = Solving(task, settings, self._files, lane.device, known)
         try:

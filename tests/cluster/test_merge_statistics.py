@@ -106,6 +106,64 @@ def test_regmean_is_the_least_squares_solution(
     assert "rank" not in rows["q.bias"]
 
 
+@pytest.mark.parametrize(
+    "step",
+    [{"method": "dare", "drop": 0.5}, {"method": "magnitude", "density": 0.4}],
+    ids=["dare", "magnitude"],
+)
+def test_sparsified_models_are_what_regmean_solves_for(
+    step: dict[str, Any], measured: Any, tmp_path: Path
+) -> None:
+    folders, _, inputs = measured
+    base = tmp_path / "base"
+    write_model(base, 7)
+    thinned = []
+    for number, folder in enumerate(folders):  # base + step(model - base), by a method that only adds
+        alone = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(base),
+            "models": [{"model": str(folder), "parameters": {"weight": 1.0, "sparsify": step}}],
+        }
+        raymerge.merge(alone, tmp_path / f"thin{number}", in_process=True)
+        thinned.append(load_file(tmp_path / f"thin{number}" / "model.safetensors"))
+    recipes = []
+    for asked in (step, {"method": "dare", "drop": 0.9}):
+        recipes.append({**recipe(folders, alpha=0.9, sparsify=asked), "base_model": str(base)})
+    raymerge.merge(recipes[0], tmp_path / "out", in_process=True, workers=2)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("q.weight", "k.weight"):
+        reference = expected([model[name] for model in thinned], inputs, 0.9)
+        np.testing.assert_allclose(merged[name], reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+    reference = expected([model["conv.weight"].T for model in thinned], inputs, 0.9).T
+    np.testing.assert_allclose(merged["conv.weight"], reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+    np.testing.assert_allclose(
+        merged["q.bias"], (thinned[0]["q.bias"] + thinned[1]["q.bias"]) / 2, rtol=1e-5, atol=1e-6
+    )
+    # In one campaign the Grams are shared, the thinned models are not.
+    raymerge.merge(
+        [{**each, "name": f"r{number}"} for number, each in enumerate(recipes)],
+        tmp_path / "both",
+        in_process=True,
+    )
+    again = load_file(tmp_path / "both" / "r0" / "model.safetensors")
+    assert all(np.array_equal(again[name], merged[name]) for name in merged)
+    other = load_file(tmp_path / "both" / "r1" / "model.safetensors")
+    assert not np.array_equal(other["q.weight"], merged["q.weight"])
+
+
+def test_what_cannot_be_sparsified_before_a_solve_is_refused(measured: Any, tmp_path: Path) -> None:
+    folders, _, _ = measured
+    write_model(tmp_path / "base", 7)
+    with pytest.raises(RecipeError, match="base"):
+        raymerge.merge(
+            recipe(folders, sparsify={"method": "dare", "drop": 0.5}), tmp_path / "a", in_process=True
+        )
+    step = {"method": "magnitude", "density": 0.4, "trim": "model"}
+    asked = {**recipe(folders, sparsify=step), "base_model": str(tmp_path / "base")}
+    with pytest.raises(RecipeError, match="trim: tensor"):
+        raymerge.merge(asked, tmp_path / "b", in_process=True)
+
+
 def test_bytes_do_not_depend_on_workers_or_slices(measured: Any, tmp_path: Path) -> None:
     folders, _, _ = measured
     for name, options in (("a", {"workers": 1}), ("b", {"workers": 3, "slice_mib": 1})):
@@ -227,9 +285,9 @@ def test_a_grid_over_alpha_reads_grams_and_weights_once(
     read: list[str] = []
     read_weights, read_gram = Solving._read_weights, _GramsOnDisk._read
 
-    def count_weights(self: Solving, job: Any) -> Any:
+    def count_weights(self: Solving, job: Any, *rest: Any) -> Any:
         read.append(job.tensor)
-        return read_weights(self, job)
+        return read_weights(self, job, *rest)
 
     def count_gram(self: _GramsOnDisk, index: int) -> Any:
         read.append(f"gram {index}")
