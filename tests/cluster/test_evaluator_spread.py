@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from raymerge.cluster.evaluate import evaluate as score_checkpoint
-from raymerge.cluster.evaluator import Evaluator, EvaluatorJob
+from raymerge.cluster.evaluator import Evaluator, EvaluatorJob, _devices
 from raymerge.cluster.evaluator_gpus import Node
 from raymerge.cluster.evaluator_place import connected_evaluators
 from raymerge.cluster.evaluator_slot import ModelSlot, NoRoomError
@@ -146,6 +146,28 @@ def test_a_run_spreads_its_models_when_they_need_it(monkeypatch: pytest.MonkeyPa
     assert group._job.device == "cpu" and group._job.num_devices == 1
     _, remarks = connect([node], monkeypatch, texts, device="cpu", gpus_per_evaluator=2)
     assert remarks == ["note: --gpus-per-evaluator 2 has no effect: points run on CPUs"]
+
+
+def test_evaluators_that_see_the_same_gpus_take_their_own(
+    monkeypatch: pytest.MonkeyPatch, texts: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+
+    def devices(num_devices: int, share: float, device: str = "cuda") -> list[tuple[str, ...]]:
+        job = EvaluatorJob(
+            evaluation=language_tasks(texts),
+            merge=MergeOptions(),
+            device=device,
+            num_threads=1,
+            num_devices=num_devices,
+            share=share,
+        )
+        return [_devices(job, number) for number in range(3)]
+
+    assert devices(1, 1.0) == [("cuda:0",), ("cuda:1",), ("cuda:2",)]
+    assert devices(1, 0.5) == [("cuda:0",), ("cuda:0",), ("cuda:1",)]
+    assert devices(2, 1.0) == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3"), ("cuda:0", "cuda:1")]
+    assert devices(2, 1.0, "cpu") == [("cpu", "cpu")] * 3
 
 
 def test_a_slot_looks_at_every_device_before_it_takes_memory(
