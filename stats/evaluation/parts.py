@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Share of a device that weights leave free where devices are to be had: for activations, another model, sources.
+#: Share of a device that a second model and sources leave free.
 COMFORTABLE_SHARE = 0.2
+#: Share of a device that estimates leave free where devices are to be had: for what they miss.
+MARGIN = 1 / 12
 #: What a process takes of a device before its first tensor, and merging for its buffers.
 RUNTIME_BYTES = 1 << 30
 
@@ -44,19 +46,17 @@ class ModelNeeds:
         """Return what the fullest of so many devices has to hold, estimates included."""
         blocks = [each + self.cache_of_block for each in self.block_weights]
         home = self.home_weights + self.home_activations
-        return self._with_idle(loads_of(home, blocks, num_parts)) + self.block_activations
+        loads = loads_of(home, blocks, num_parts)
+        level = -(-(sum(loads) + self.idle_weights) // num_parts)
+        return max(*loads, level) + self.block_activations
 
     def fits(self, num_parts: int, device_bytes: float) -> bool:
         """Tell whether so many devices of a size, or shares of one, hold the model at all."""
         return self.fullest(num_parts) + RUNTIME_BYTES <= device_bytes
 
     def fits_well(self, num_parts: int, device_bytes: float) -> bool:
-        """Tell whether they also leave a comfortable share free."""
-        weights = self._with_idle(loads_of(self.home_weights, self.block_weights, num_parts))
-        return self.fits(num_parts, device_bytes) and weights <= (1 - COMFORTABLE_SHARE) * device_bytes
-
-    def _with_idle(self, loads: Sequence[int]) -> int:
-        return max(*loads, -(-(sum(loads) + self.idle_weights) // len(loads)))
+        """Tell whether they also leave a margin."""
+        return self.fits(num_parts, device_bytes * (1 - MARGIN))
 
 
 def cut_blocks(home_bytes: int, block_bytes: Sequence[int], num_parts: int) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def gpus(nodes: list[Node], needs: ModelNeeds = LARGE, **options: Any) -> tuple[
 
 def test_as_few_gpus_as_hold_the_model_and_leave_room() -> None:
     eight_of_80 = Node(64, 8, 80 * GIB)
-    assert gpus([eight_of_80, eight_of_80]) == (3, 4)  # on two they would be 70 GiB full, of 80
+    assert gpus([eight_of_80, eight_of_80]) == (3, 4)  # on two they would be 73.5 GiB full, of 80
     assert gpus([Node(64, 8, 192 * GIB)]) == (1, 8)
     assert gpus([Node(64, 2, 80 * GIB)]) == (2, 1)  # no third one: without room to spare, but it fits
     assert gpus([eight_of_80], gpus_per_evaluator=2) == (2, 4)

@@ -63,5 +63,5 @@ def test_a_model_fits_with_its_activations_and_well_with_room_to_spare() -> None
     assert needs.fits(1, 25.5 * GIB + RUNTIME_BYTES) and not needs.fits(1, 25.5 * GIB + RUNTIME_BYTES - 1)
     # Two: 5 + 6 x 1.125 = 11.75 and 10 x 1.125 = 11.25, the idle 2 fill both up to 12.5.
     assert needs.fullest(2) == 13 * GIB
-    assert needs.fits_well(1, 28 * GIB) and not needs.fits_well(1, 27 * GIB)
-    assert needs.fits(1, 27 * GIB)
+    assert needs.fits_well(1, 29 * GIB) and not needs.fits_well(1, 28 * GIB)
+    assert needs.fits(1, 28 * GIB)
