@@ -20,7 +20,10 @@ from raymerge.merge_actors.errors import RecipeError
 #: Commands that work on a cluster; the others look at files or at jobs.
 _NOT_AS_A_JOB = {"submit", "jobs", "status", "report"}
 #: Set on the nodes as they are set here: they change what is fetched, not who may.
-_PASSED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE", "AWS_ENDPOINT_URL", "AWS_REGION")
+_PASSED_ON = (
+    *("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
 #: Not installed for a job: they belong to the nodes, and to each other.
 _OF_THE_NODES = {"ray", "torch"}
 
@@ -73,6 +76,7 @@ def submit_command(
     check_no_secret(variables)
     files: dict[str, str] = {}
     words = _checked_words(context, list(command), num_gpus, files, plan=not no_check)
+    check_no_secret({}, [*words, *files.values()])
     bundle = JobBundle(command=words, files=files)
     jobs = Jobs(address)
     identity = bundle.submission_id(name)
@@ -84,7 +88,7 @@ def submit_command(
         entry = "exec raymerge" if installed else "exec python -m raymerge"
         with tempfile.TemporaryDirectory(prefix="raymerge-job-") as folder:
             bundle.write(folder, with_package=not installed)
-            jobs.submit(
+            is_ours = jobs.submit(
                 identity,
                 f"{entry} {shlex.join(words)}",
                 folder,
@@ -96,6 +100,8 @@ def submit_command(
                 },
                 pip=_dependencies() if install_dependencies else None,
             )
+        if not is_ours:
+            click.echo(f"job {identity} was submitted by somebody else just now; following it", err=True)
     if as_json and no_wait:
         print_json({"job": identity, "address": jobs.address, "command": words})
     elif no_wait:

@@ -7,22 +7,29 @@ rules (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token): a token never pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raymerge.merge_actors.errors import ClusterError, RecipeError
+from raymerge.merge_actors.storage.uris import redacted
 
 #: States in which a job has come to its end.
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL_SECONDS = 1.0
-#: How often a lost connection to a job's log is taken up again before we give up.
+#: How often a lost connection to a job's log is taken up again, and nothing new comes, before we give up.
 _MOST_RECONNECTIONS = 20
+#: For so long a job server may be out of reach while we wait for a job: a tunnel or the head starts again.
+_MOST_SECONDS_UNREACHABLE = 120.0
 #: The cluster's watcher of an ended job looks once a second; a job that takes the name before it has looked is failed.
 _SECONDS_UNTIL_NAME_IS_FREE = 3.0
+#: Of a job that ended so long ago it is free for certain, though the cluster's clock may not be ours.
+_SECONDS_SINCE_FREE = 60.0
 _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -81,12 +88,13 @@ class Jobs:
 
     def find(self, submission_id: str) -> JobStatus | None:
         """Return a job's status, or None if the cluster does not know it."""
-        try:
-            return _status(self._client.get_job_info(submission_id))
-        except RuntimeError as error:
-            if "404" in str(error) or "does not exist" in str(error):
-                return None
-            raise _cluster_error(error, self.address) from error
+        with self._spoken():
+            try:
+                return _status(self._client.get_job_info(submission_id))
+            except RuntimeError as error:
+                if "404" in str(error) or "does not exist" in str(error):
+                    return None
+                raise
 
     def get(self, submission_id: str) -> JobStatus:
         """Return a job's status.
@@ -103,10 +111,8 @@ class Jobs:
 
     def all(self) -> list[JobStatus]:
         """Return all jobs that were submitted to the cluster, the latest first."""
-        try:
+        with self._spoken():
             details = self._client.list_jobs()
-        except RuntimeError as error:
-            raise _cluster_error(error, self.address) from error
         found = [_status(each) for each in details if each.submission_id]
         return sorted(found, key=lambda job: -(job.start_time or 0.0))
 
@@ -119,8 +125,8 @@ class Jobs:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
         pip: list[str] | None = None,
-    ) -> None:
-        """Submit a command.
+    ) -> bool:
+        """Submit a command; return False if another has taken the name meanwhile.
 
         Args:
             submission_id: the job's name; one that failed or was stopped gives its name up.
@@ -133,24 +139,33 @@ class Jobs:
         Raises:
             ClusterError: the cluster refuses it.
         """
-        check_no_secret(environment)
+        check_no_secret(environment, [entrypoint])
         runtime: dict[str, Any] = {"working_dir": folder, "env_vars": dict(environment)}
         if pip:
             runtime["pip"] = pip
-        try:
+        with self._spoken():
             earlier = self.find(submission_id)
             if earlier is not None and earlier.is_ended:
-                since = time.time() - (earlier.end_time or 0.0)
-                time.sleep(min(max(_SECONDS_UNTIL_NAME_IS_FREE - since, 0.0), _SECONDS_UNTIL_NAME_IS_FREE))
+                if time.time() - (earlier.end_time or 0.0) < _SECONDS_SINCE_FREE:
+                    time.sleep(_SECONDS_UNTIL_NAME_IS_FREE)
                 self._client.delete_job(submission_id)
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=submission_id,
-                runtime_env=runtime,
-                metadata=dict(metadata),
-            )
-        except (RuntimeError, ValueError) as error:
-            raise _cluster_error(error, self.address) from error
+            deadline = time.monotonic() + _MOST_SECONDS_UNREACHABLE
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=submission_id,
+                        runtime_env=runtime,
+                        metadata=dict(metadata),
+                    )
+                    return True
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        return False
+                    # A head that has just started answers before its own agent, which starts jobs, has reported.
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(_POLL_SECONDS)
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> JobStatus:
         """Hand on a job's log from its beginning until the job ends; return how it ended.
@@ -169,13 +184,13 @@ class Jobs:
                 async for text in self._client.tail_job_logs(submission_id):
                     begin = max(0, num_seen - num_here)  # the log begins anew after a lost connection
                     num_here += len(text)
-                    write(text[begin:])
-                    num_seen = max(num_seen, num_here)
+                    if num_here > num_seen:
+                        write(text[begin:])
+                        num_seen, num_failures = num_here, 0
                 return
             except Exception as error:  # whatever aiohttp and the client raise for a broken connection
-                status = self.get(submission_id)
                 num_failures += 1
-                if status.is_ended:
+                if self._reached(submission_id).is_ended:
                     return
                 if num_failures > _MOST_RECONNECTIONS:
                     raise _cluster_error(error, self.address) from error
@@ -188,7 +203,7 @@ class Jobs:
             ClusterError: it has not ended in time.
         """
         started = time.monotonic()
-        while not (status := self.get(submission_id)).is_ended:
+        while not (status := self._reached(submission_id)).is_ended:
             if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
                 raise ClusterError(
                     f"job {submission_id} is still {status.state} after {timeout_seconds:g} s; it goes on"
@@ -196,29 +211,59 @@ class Jobs:
             time.sleep(_POLL_SECONDS)
         return status
 
+    def _reached(self, submission_id: str) -> JobStatus:
+        """Return a job's status, and bear that the server is out of reach for a while.
+
+        Raises:
+            ClusterError: for too long nobody answers, or the cluster does not know the job.
+        """
+        deadline = time.monotonic() + _MOST_SECONDS_UNREACHABLE
+        while True:
+            try:
+                return self.get(submission_id)
+            except ClusterError as error:
+                if not _may_pass(error.__cause__) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
     def logs(self, submission_id: str) -> str:
         """Return a job's log as it stands."""
         self.get(submission_id)
-        try:
+        with self._spoken():
             return str(self._client.get_job_logs(submission_id))
-        except RuntimeError as error:
-            raise _cluster_error(error, self.address) from error
 
     def stop(self, submission_id: str) -> bool:
         """Ask a job to end (SIGTERM, seconds later SIGKILL); return whether it was running."""
         if self.get(submission_id).is_ended:
             return False
-        try:
+        with self._spoken():
             return bool(self._client.stop_job(submission_id))
-        except RuntimeError as error:
+
+    @contextlib.contextmanager
+    def _spoken(self) -> Iterator[None]:
+        """Turn what the client raises into one sentence."""
+        from ray.exceptions import RayError
+
+        try:
+            yield
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            RayError,
+        ) as error:  # OSError: a connection that fails or breaks
             raise _cluster_error(error, self.address) from error
 
 
-def check_no_secret(environment: Mapping[str, str]) -> None:
-    """Refuse variables whose names say that they hold a secret: everybody with the dashboard reads a job's variables.
+def check_no_secret(environment: Mapping[str, str], texts: Iterable[str] = ()) -> None:
+    """Refuse what holds a secret: everybody with the dashboard reads a job's variables, words and files.
+
+    Args:
+        environment: variables; those whose names say that they are secret, or whose values hold one, are refused.
+        texts: the command, and the files that travel with it.
 
     Raises:
-        RecipeError: naming the variable.
+        RecipeError: naming the variable, or the place without the secret.
     """
     for name in environment:
         if any(part in name.upper() for part in _SECRET):
@@ -226,6 +271,13 @@ def check_no_secret(environment: Mapping[str, str]) -> None:
                 f"--env {name}: a job's variables stand in the cluster's dashboard and logs; put secrets into the "
                 "nodes' own environment, an instance role or a mounted file instead"
             )
+    for text in (*(f"{name}={value}" for name, value in environment.items()), *texts):
+        for line in text.splitlines():
+            if (clean := redacted(line)) != line:
+                raise RecipeError(
+                    f"a secret must not travel with a job, whoever sees the dashboard reads it: {clean[:300]}"
+                    "; leave it out, the nodes find their credentials themselves (docs/storage.md)"
+                )
 
 
 def _status(details: Any) -> JobStatus:
@@ -242,6 +294,11 @@ def _status(details: Any) -> JobStatus:
     )
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Return whether a job server may answer if it is asked again: it, or the way to it, is down."""
+    return isinstance(error, OSError) or re.search(r"status code 50[234]", str(error)) is not None
+
+
 def _cluster_error(error: BaseException, address: str | None) -> ClusterError:
     """Say in one sentence what a job server's answer means."""
     text = str(error)
@@ -251,7 +308,7 @@ def _cluster_error(error: BaseException, address: str | None) -> ClusterError:
             f"the cluster at {place} refuses our token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "~/.ray/auth_token to the cluster's own"
         )
-    if isinstance(error, ConnectionError) or "connect" in text.lower():
+    if isinstance(error, OSError) or "connect" in text.lower():
         return ClusterError(
             f"no Ray job server answers at {place}; it is the dashboard's address, such as http://127.0.0.1:8265 "
             "(through `ray dashboard ray_cluster.yaml` if the cluster is elsewhere)"

@@ -1,0 +1,138 @@
+"""The client of a job server that comes and goes: a real HTTP server that speaks Ray's job API as far as needed."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from raymerge.cluster import jobs as jobs_module
+from raymerge.cluster.jobs import Jobs, check_no_secret
+from raymerge.merge_actors.errors import ClusterError, RecipeError
+
+DETAILS = {"type": "SUBMISSION", "submission_id": "job", "entrypoint": "sleep 1", "status": "RUNNING"}
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Any = self.server
+        if self.path.startswith("/api/jobs/"):
+            server.num_asked += 1
+            trouble = server.troubles.pop(0) if server.troubles else None
+            if trouble == "cut":
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            if trouble is not None:
+                self._answer(int(trouble), "no such thing")
+                return
+        known = {"/api/version": {"version": "4", "ray_version": "2.60.0"}, "/api/jobs/job": server.details}
+        found = known.get(self.path)
+        self._answer(404 if found is None else 200, json.dumps(found))
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        self._answer(*server.answers.pop(0))
+
+    def do_PUT(self) -> None:
+        self._answer(200, "{}")
+
+    def _answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(jobs_module, "_POLL_SECONDS", 0.01)
+    made: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    made.details, made.troubles, made.num_asked, made.answers = dict(DETAILS), [], 0, []
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    made.jobs = Jobs(f"http://127.0.0.1:{made.server_address[1]}")
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def test_a_server_that_is_gone_for_a_while_does_not_end_the_wait(server: Any) -> None:
+    server.troubles += ["cut", "503", "cut", "cut", "502"]
+    server.details["status"] = "SUCCEEDED"
+    assert server.jobs.wait("job").state == "SUCCEEDED"
+    assert server.num_asked == 6
+
+
+def test_a_server_that_stays_away_is_an_error_in_one_sentence(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "_MOST_SECONDS_UNREACHABLE", 0.1)
+    server.troubles += ["cut"] * 100_000
+    for ask in (server.jobs.wait, server.jobs.get, server.jobs.stop, server.jobs.logs):
+        with pytest.raises(ClusterError, match=r"^no Ray job server answers at http://127.0.0.1:\d+; it is"):
+            ask("job")
+
+
+def test_what_does_not_pass_is_not_waited_for(server: Any) -> None:
+    with pytest.raises(ClusterError, match="knows no job other"):
+        server.jobs.wait("other")
+    server.troubles += ["500"]
+    with pytest.raises(ClusterError, match=r"refused: .*no such thing"):
+        server.jobs.wait("job")
+    assert server.num_asked == 2
+
+
+def test_a_name_that_another_takes_at_the_same_moment_is_not_an_error(server: Any, tmp_path: Any) -> None:
+    """Two people submit the same command: both see no job of its name, and the second one's submission comes late."""
+    server.troubles += ["404"]
+    server.answers += [(500, "ValueError: Job with submission_id job already exists. Please use another.")]
+    assert not server.jobs.submit("job", "sleep 1", "", environment={}, metadata={})
+
+
+def test_a_head_that_has_just_started_is_waited_for(server: Any) -> None:
+    server.troubles += ["404"]
+    server.answers += [(500, "No available agent to submit job, please try again later.")] * 3
+    server.answers += [(200, json.dumps({"job_id": "job", "submission_id": "job"}))]
+    assert server.jobs.submit("job", "sleep 1", "", environment={}, metadata={})
+    assert not server.answers
+    server.troubles += ["404"]
+    server.answers += [(500, "no room")]
+    with pytest.raises(ClusterError, match=r"refused: .*no room"):
+        server.jobs.submit("job", "sleep 1", "", environment={}, metadata={})
+
+
+@pytest.mark.parametrize(
+    ("variables", "text", "message"),
+    [
+        ({"HF_TOKEN": "x"}, "", r"--env HF_TOKEN: "),
+        (
+            {"HTTPS_PROXY": "http://me:pass@proxy"},
+            "",
+            r"reads it: HTTPS_PROXY=http://\*\*\*@proxy; leave it out",
+        ),
+        ({}, "merge s3://me:pass@bucket/x out", r"reads it: merge s3://\*\*\*@bucket/x out; leave it out"),
+        (
+            {},
+            "a: 1\nmodel: https://h/x?X-Amz-Signature=pass\n",
+            r"reads it: model: https://h/x\?X-Amz-Signature=\*\*\*;",
+        ),
+        ({}, "merge --seed a-secret-of-mine", r"reads it: merge --seed \*\*\*; leave it out"),
+    ],
+)
+def test_secrets_do_not_travel(
+    variables: dict[str, str], text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_SECRET", "a-secret-of-mine")
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_no_secret(variables, [text])
+    assert "pass" not in str(caught.value)
+    check_no_secret({"AWS_REGION": "eu-1"}, ["merge abfs://container@account.dfs.core.windows.net/x out"])
