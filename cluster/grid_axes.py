@@ -157,7 +157,9 @@ def _read_axis(
     elif isinstance(raw, list | tuple):
         values = tuple(_plain(each) for each in raw)
     else:
-        raise origin.error(key, f"is {shown(raw)}; an axis is a list of values: [{raw}].")
+        raise origin.error(
+            key, f"is {shown(raw)}; an axis is a list of values: [{0.5 if raw is None else shown(raw)}]."
+        )
     if not values:
         raise origin.error(key, "has no value; the grid would be empty.")
     if not is_zipped:
@@ -197,8 +199,9 @@ def _steps(raw: Mapping[str, Any], origin: Origin, key: str) -> tuple[Value, ...
     """Read {start, stop, step}; the stop is included where a step lands on it."""
     start, stop, step = (_decimal(raw, name, origin, key) for name in ("start", "stop", "step"))
     if step == 0 or (stop - start) / step < 0:
+        sign = "below" if stop < start else "above"
         raise origin.error(
-            key, f"goes from {start} to {stop} by {step}: no step leads there; give the step the right sign."
+            key, f"goes from {start} to {stop} by {step}: no step leads there; the step must be {sign} 0."
         )
     number = int((stop - start) / step) + 1
     if number > _MOST_VALUES:

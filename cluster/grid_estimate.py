@@ -52,7 +52,7 @@ def estimate(
         "resident_bytes": min(plan.input_bytes, source_budget_bytes()),
         "model_bytes": plan.output_bytes,
         "gpu_bytes": _gpu_bytes(plan),
-        "export_bytes": spec.top * plan.output_bytes,
+        "export_bytes": min(spec.top, num_points) * plan.output_bytes,
         "to_measure": [{"model": each.key, "data": each.data.to_mapping()} for each in plan.missing],
         "seconds_per_point": seconds,
         "seconds": seconds * len(left),

@@ -19,7 +19,7 @@ from raymerge.cluster.grid_inputs import GridInputs, path_fingerprint, texts
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_points import Point, PointList, Value, fingerprint
 from raymerge.cluster.grid_references import references
-from raymerge.cluster.grid_spec import GridSpec
+from raymerge.cluster.grid_spec import GridSpec, of_tasks
 from raymerge.cluster.opened import OpenedInputs
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import Recipe
@@ -101,7 +101,14 @@ def plan_grid(spec: GridSpec, options: GridOptions, *, strict: bool = False) -> 
     for folder in checker.model_folders:
         if options.trust_remote_code and (line := code_remark(folder)):
             checker.remarks.append(line)
-        checker.remarks += _check_tasks(spec.evaluation, folder)
+        try:
+            checker.remarks += _check_tasks(spec.evaluation, folder)
+        except RecipeError as error:
+            raise of_tasks(error, spec.origin) from error
+    if spec.search is None and spec.top > len(spec.kept):
+        checker.remarks.append(
+            f"note: export.top is {spec.top:,}, but the grid has {len(spec.kept):,} points, and so no more checkpoints"
+        )
     tasks = spec.evaluation.to_mapping()
     assert checker.largest is not None
     return GridPlan(

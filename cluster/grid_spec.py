@@ -243,7 +243,7 @@ def _read_lets(raw: Any, origin: Origin, axes: Mapping[str, Axis]) -> dict[str, 
         if not NAME.fullmatch(name) or name in axes:
             reason = "is an axis already" if name in axes else "is no name: letters, digits and _"
             raise origin.error(key, f"{reason}; choose another name.")
-        lets[name] = _expression(text, [*axes, *lets], origin, key)
+        lets[name] = _expression(text, [*axes, *lets], origin, key, later=list(raw)[len(lets) + 1 :])
     return lets
 
 
@@ -273,13 +273,20 @@ def _read_where(raw: Any, origin: Origin, names: Sequence[str]) -> tuple[Express
     return (_expression(raw, names, origin, "where"),)
 
 
-def _expression(raw: Any, names: Sequence[str], origin: Origin, key: str) -> Expression:
+def _expression(
+    raw: Any, names: Sequence[str], origin: Origin, key: str, later: Sequence[str] = ()
+) -> Expression:
+    """Read an expression over some names; `later` ones are known, but only below."""
     if isinstance(raw, bool | None) or not isinstance(raw, str | int | float):
         raise origin.error(key, f"is {shown(raw)}; it must be an expression over axes, such as lambda <= 1.")
     try:
         return Expression(str(raw), names)
     except LookupError as error:
         name = error.args[0]
+        if name in later:
+            raise origin.error(
+                key, f"uses {name!r}, which is not known yet; write it below that name."
+            ) from None
         raise origin.error(
             key,
             f"uses {name!r}, which is neither axis nor `let`; known: {', '.join(names)}{did_you_mean(name, names)}.",
@@ -332,10 +339,15 @@ def _read_evaluation(raw: Any, origin: Origin) -> EvaluationSpec:
     try:
         return parse_evaluation(raw)
     except RecipeError as error:
-        key, colon, sentence = str(error).partition(": ")
-        if not colon or " " in key:
-            raise RecipeError(f"{origin.at('evaluate')}: {error}") from error
-        raise RecipeError(f"{origin.at(key)}: key {key}: {sentence}") from error
+        raise of_tasks(error, origin) from error
+
+
+def of_tasks(error: RecipeError, origin: Origin) -> RecipeError:
+    """Return an error about the tasks with the file and line that it is about."""
+    key, colon, sentence = str(error).partition(": ")
+    if not colon or not key.startswith("evaluate") or " " in key:
+        return RecipeError(f"{origin.at('evaluate')}: {error}")
+    return RecipeError(f"{origin.at(key)}: key {key}: {sentence}")
 
 
 def _check_splits(evaluation: EvaluationSpec, origin: Origin) -> None:

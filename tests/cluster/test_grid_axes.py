@@ -88,7 +88,7 @@ def test_ranges_of_a_search() -> None:
         ),
         (
             {"a": {"start": 0, "stop": 1, "step": -0.1}},
-            "key grid.a goes from 0 to 1 by -0.1: no step leads there; give the step the right sign.",
+            "key grid.a goes from 0 to 1 by -0.1: no step leads there; the step must be above 0.",
         ),
         (
             {"a": {"start": 0, "stop": 1, "step": 1e-9}},

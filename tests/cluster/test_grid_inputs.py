@@ -107,3 +107,22 @@ def test_a_method_that_measures_while_it_merges_is_refused_at_planning(models: P
             data="rows.jsonl",
             grid={"model": ["base"], "method": ["regmean_plus"]},
         )
+
+
+def test_data_that_do_not_fit_a_task_name_file_and_line(
+    tiny_checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = "".join(f"- {model}\n" for model in tiny_checkpoints("llama").models[:2])
+    (tmp_path / "rows.jsonl").write_text('{"sentence": "word1 word2"}\n')
+    (tmp_path / "g.yaml").write_text(
+        f"merge_method: linear\nmodels:\n{models}parameters: {{weight: $w}}\ngrid: {{w: [1, 2]}}\n"
+        "export: {top: 3}\nevaluate:\n  tasks:\n  - name: lm\n    kind: loss\n    validation: rows.jsonl\n"
+    )
+    with pytest.raises(
+        RecipeError, match=r"^g\.yaml:12: key evaluate.tasks\[0\]\.validation: .* 'text'; they have"
+    ):
+        plan_grid(read_grid("g.yaml"), GridOptions())
+    (tmp_path / "rows.jsonl").write_text('{"text": "word1 word2"}\n')
+    said = "note: export.top is 3, but the grid has 2 points, and so no more checkpoints"
+    assert said in plan_grid(read_grid("g.yaml"), GridOptions()).remarks

@@ -143,6 +143,9 @@ ERRORS = {
     "grid: {w: [1]}\nwhere: w > 1": (
         "g.yaml:5: key where lets none of 1 combinations through; the grid would be empty."
     ),
+    "grid: {w: [1]}\nlet: {b: a + 1, a: w}": (
+        "g.yaml:5: key let.b uses 'a', which is not known yet; write it below that name."
+    ),
     "grid: {w: [1]}\nwhere: v > 1": (
         "g.yaml:5: key where uses 'v', which is neither axis nor `let`; known: w."
     ),

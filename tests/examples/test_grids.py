@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_plan import plan_grid
 from raymerge.cluster.grid_spec import GridSpec, read_grid
 from raymerge.cluster.recipe_reader import read_document
 from raymerge.cluster.search_spec import read_search
@@ -37,6 +39,26 @@ def test_every_point_is_a_recipe_without_remarks(path: Path) -> None:
         ]
     for recipe in recipes:
         read_document(Document(value=recipe, origin=spec.origin), "point", strict=path.stem != "search")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_is_planned_where_its_models_are(
+    path: Path, tiny_checkpoints: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods with every value, ends of ranges, models and calibration data: all but the tasks' data."""
+    monkeypatch.setattr("raymerge.cluster.grid_plan._check_tasks", lambda evaluation, folder: [])
+    monkeypatch.setenv("RAYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    family = tiny_checkpoints("llama")
+    (tmp_path / "models").mkdir()
+    for name in ("base", "skill_a", "skill_b", "skill_c", "general", "skill", "math", "code", "safety"):
+        (tmp_path / "models" / name).symlink_to(family.base if name == "base" else family.models[0])
+    for task in ("a", "b"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        (tmp_path / "data" / task / "train.jsonl").write_text('{"text": "word1 word2"}\n' * 4)
+    plan = plan_grid(_read(path), GridOptions())
+    assert not [line for line in plan.remarks if not line.startswith("note:") and "same weights" not in line]
+    assert plan.output_bytes and len(plan.missing) == (12 if path.stem == "regmean_study" else 0)
 
 
 def test_the_numbers_of_points() -> None:
