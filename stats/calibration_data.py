@@ -217,7 +217,7 @@ def label_numbers(
     num_labels = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
     numbers = []
     for row, label in enumerate(labels):
-        number = names.get(label, -1) if isinstance(label, str) else int(label)
+        number = names.get(label, -1) if isinstance(label, str) else _whole(label)
         if not 0 <= number < num_labels:
             known = f" ({', '.join(list(names)[:8])})" if names else ""
             raise RecipeError(
@@ -226,6 +226,12 @@ def label_numbers(
             )
         numbers.append(number)
     return numbers
+
+
+def _whole(label: Any) -> int:
+    """Return a label that is a whole number as one; -1 for any other value."""
+    is_whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+    return int(label) if is_whole else -1
 
 
 def cut_shards(tier_ends: Sequence[int]) -> list[tuple[range, int]]:

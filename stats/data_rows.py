@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.errors import RecipeError
-from raymerge.merge_actors.storage.uris import without_file_scheme
+from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
+from raymerge.stats.data_files import FORMATS, read_files
 
 if TYPE_CHECKING:
     import pyarrow
 
-#: Ending of a data file -> pyarrow's name of its format.
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 _TRAIN = "train"
 #: Seed of the subset that `samples` takes: fixed, so that every model sees the same rows.
 _SUBSET_SEED = 0
@@ -105,6 +104,12 @@ def read_rows(spec: DataSpec) -> Rows:
     texts, pairs, labels = (None if name is None else table.column(name).to_pylist() for name in wanted)
     assert texts is not None
     _check_texts(spec, texts)
+    for row, pair in enumerate(pairs or ()):
+        if pair is not None and not isinstance(pair, str):
+            raise RecipeError(
+                f"row {row} of the data {spec.source!r} holds a value of type {type(pair).__name__} in "
+                f"{spec.text_pair_column!r}; text must stand there: name another text_pair_column."
+            )
     kept = [
         i for i, text in enumerate(texts) if _has_text(text) and (labels is None or labels[i] is not None)
     ]
@@ -184,12 +189,13 @@ def _check_texts(spec: DataSpec, texts: Sequence[Any]) -> None:
     kind = list if spec.chat_template else str
     for number, text in enumerate(texts):
         if text is not None and not isinstance(text, kind):
-            is_list = "a conversation" if isinstance(text, list) else f"a {type(text).__name__}"
-            way_out = "leave out chat_template" if spec.chat_template else "conversations need chat_template"
+            is_list = "a conversation" if isinstance(text, list) else f"a value of type {type(text).__name__}"
+            way_out = "conversations need chat_template, or" if isinstance(text, list) else ""
+            way_out = "leave out chat_template, or" if spec.chat_template else way_out
             raise RecipeError(
                 f"row {number} of the data {spec.source!r} holds {is_list} in {spec.text_column!r}; "
                 f"{'conversations (lists of messages)' if spec.chat_template else 'text'} "
-                f"must stand there: {way_out}, or name another column."
+                f"must stand there: {way_out + ' ' if way_out else ''}name another column."
             )
 
 
@@ -210,27 +216,29 @@ def read_table(spec: DataSpec, remarks: list[str]) -> pyarrow.Table:
         return _read_saved(spec, path)
     files = _local_files(spec, path, remarks)
     kinds = {os.path.splitext(file)[1] for file in files}
-    if len({_FORMATS[kind] for kind in kinds}) > 1:
+    if len({FORMATS[kind] for kind in kinds}) > 1:
         raise RecipeError(
             f"the data folder {spec.source!r} mixes {', '.join(sorted(kinds))} files; name one file or split."
         )
-    return _read_files(spec, files, _FORMATS[kinds.pop()])
+    return read_files(files, FORMATS[kinds.pop()], spec.text_column)
 
 
 def _local_files(spec: DataSpec, path: str, remarks: list[str]) -> list[str]:
     """Return the data files of a file or folder, those of one split if their names tell splits apart."""
     if os.path.isfile(path):
-        if os.path.splitext(path)[1] not in _FORMATS:
-            raise RecipeError(f"the data file {spec.source!r} is none of {', '.join(_FORMATS)}.")
+        if os.path.splitext(path)[1] not in FORMATS:
+            raise RecipeError(f"the data file {spec.source!r} is none of {', '.join(FORMATS)}.")
+        if spec.split is not None:
+            remarks.append(f"{spec.source} is a single file, so the split {spec.split!r} has no effect")
         return [path]
     found = sorted(
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
         for name in names
-        if os.path.splitext(name)[1] in _FORMATS and name[0] not in "._"
+        if os.path.splitext(name)[1] in FORMATS and name[0] not in "._"
     )
     if not found:
-        raise RecipeError(f"the data folder {spec.source!r} has no file of {', '.join(_FORMATS)}.")
+        raise RecipeError(f"the data folder {spec.source!r} has no file of {', '.join(FORMATS)}.")
     split = spec.split
     if split is None and any(not _is_of_split(path, file, _TRAIN) for file in found):
         if not any(_is_of_split(path, file, _TRAIN) for file in found):
@@ -253,35 +261,27 @@ def _is_of_split(folder: str, file: str, split: str) -> bool:
     )
 
 
-def _read_files(spec: DataSpec, files: list[str], kind: str) -> pyarrow.Table:
-    import pyarrow
-    import pyarrow.dataset
-
-    if kind == "text":
-        lines = [line for file in files for line in _lines(file)]
-        return pyarrow.table({spec.text_column: pyarrow.array(lines, pyarrow.string())})
-    try:
-        return pyarrow.dataset.dataset(files, format=kind).to_table()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RecipeError(f"cannot read the data {spec.source!r} as {kind}: {error}") from error
-
-
-def _lines(file: str) -> list[str]:
-    with open(file, encoding="utf-8", errors="replace") as stream:
-        return [line.rstrip("\n") for line in stream]
-
-
 def _read_saved(spec: DataSpec, path: str) -> pyarrow.Table:
     """Read what `Dataset.save_to_disk` wrote."""
     import datasets
+    import pyarrow
 
-    return datasets.load_from_disk(path).with_format("arrow")[:]
+    try:
+        return datasets.load_from_disk(path).with_format("arrow")[:]
+    except (ValueError, OSError, KeyError, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"the saved data set {spec.source!r} cannot be read: {reason}") from error
 
 
 def _read_hub(spec: DataSpec) -> pyarrow.Table:
+    if is_remote(spec.source):
+        raise RecipeError(
+            f"the data {spec.source!r} are in a store; calibration data are local files: copy them to a folder that "
+            "every node sees."
+        )
     import datasets
 
-    if spec.source.startswith(("/", ".", "~")) or os.path.splitext(spec.source)[1] in _FORMATS:
+    if spec.source.startswith(("/", ".", "~")) or os.path.splitext(spec.source)[1] in FORMATS:
         raise RecipeError(
             f"the data {spec.source!r} do not exist; give a file, a folder, or a data set's name."
         )

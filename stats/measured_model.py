@@ -73,8 +73,24 @@ class MeasuredModel:
     def shard(self, number: int) -> list[Example]:
         """Return a shard's examples; each is tokenised once."""
         if number not in self._examples:
-            self._examples[number] = self.data.shard(number)
+            examples = self.data.shard(number)
+            self._check_ids(examples)
+            self._examples[number] = examples
         return self._examples[number]
+
+    def _check_ids(self, examples: Sequence[Example]) -> None:
+        """Refuse tokens without an embedding before the model does: on a GPU that would end the process's use of it."""
+        embedding = self.model.get_input_embeddings() if self.model is not None else None
+        num_rows = getattr(embedding, "num_embeddings", None)
+        if num_rows is None:
+            return
+        for each in examples:
+            largest = max((*each.input_ids, *(each.target_ids or ())), default=0)
+            if largest >= num_rows:
+                raise MismatchError(
+                    f"sample {each.number} has the token {largest}, but "
+                    f"{self.checkpoint.path} has {num_rows:,} embeddings; its tokenizer may not be its own."
+                )
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Make the tensors of a batch."""

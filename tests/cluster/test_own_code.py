@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def test_code_that_is_not_needed_is_not_run(
     texts: Path, witness: Path, tmp_path: Path, tiny_checkpoints: Callable[..., Any]
 ) -> None:
     """A Llama that names code too is a Llama, trusted or not."""
-    folder = tiny_checkpoints("llama").models[0]
+    folder = Path(shutil.copytree(tiny_checkpoints("llama").models[0], tmp_path / "llama"))
     config = json.loads((folder / "config.json").read_text())
     named = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": named}))

@@ -210,7 +210,7 @@ def test_tokens_without_an_embedding_name_the_samples(
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {token: i + (50 if i > 3 else 0) for token, i in vocabulary.items()}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(MismatchError, match="cannot take samples"):
+    with pytest.raises(MismatchError, match=r"sample 0 has the token 137, but .* has 96 embeddings"):
         _measure(make_job(folder))
 
 
