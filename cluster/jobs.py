@@ -28,6 +28,8 @@ _MOST_RECONNECTIONS = 20
 _MOST_SECONDS_UNREACHABLE = 120.0
 #: The cluster's watcher of an ended job looks once a second; a job that takes the name before it has looked is failed.
 _SECONDS_UNTIL_NAME_IS_FREE = 3.0
+#: So long after it answers first a head may need until it can start jobs.
+_MOST_SECONDS_UNTIL_AGENT = 30.0
 #: Of a job that ended so long ago it is free for certain, though the cluster's clock may not be ours.
 _SECONDS_SINCE_FREE = 60.0
 _CHATTY = (
@@ -149,7 +151,7 @@ class Jobs:
                 if time.time() - (earlier.end_time or 0.0) < _SECONDS_SINCE_FREE:
                     time.sleep(_SECONDS_UNTIL_NAME_IS_FREE)
                 self._client.delete_job(submission_id)
-            deadline = time.monotonic() + _MOST_SECONDS_UNREACHABLE
+            deadline = time.monotonic() + _MOST_SECONDS_UNTIL_AGENT
             while True:
                 try:
                     self._client.submit_job(

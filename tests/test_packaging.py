@@ -3,9 +3,9 @@
 import ast
 import importlib.metadata
 import re
+import resource
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -148,10 +148,16 @@ def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
     script = Path(sys.executable).with_name("raymerge")
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = _seconds_of_children()
         subprocess.run([script, "--help"], capture_output=True, check=True, cwd="/")
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(_seconds_of_children() - begin)
     assert min(seconds) < 0.5, f"raymerge --help took {seconds}"
+
+
+def _seconds_of_children() -> float:
+    """Return the processor's time of the processes that have ended: what else runs here does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:

@@ -165,12 +165,12 @@ def test_ulps_count_across_zero(part: Part) -> None:
 
 
 def test_peak_memory_is_seen_of_a_command_and_its_child(part: Part) -> None:
-    child = "import time; block = b'x' * (64 << 20); time.sleep(0.8)"
+    child = "import time; block = b'x' * (64 << 20); time.sleep(1.6)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     done = part("processes").run([sys.executable, "-c", parent])
     peaks = {peak.role == "driver": peak.peak_bytes for peak in done.peaks}
     assert peaks[True] < 64 << 20 < peaks[False] < 128 << 20
-    assert 0.8 <= done.seconds < 20
+    assert 1.6 <= done.seconds < 120
 
 
 def test_a_failing_command_is_an_error_with_its_output(part: Part) -> None:

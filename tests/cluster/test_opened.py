@@ -75,7 +75,7 @@ def test_planning_a_point_of_a_grid_takes_milliseconds(tiny_checkpoints: Callabl
     plan_wave(recipes[:1], {"point0": "/out"}, MergeOptions(), {}, opened)
     seconds = []
     for recipe in recipes:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         plan_wave([recipe], {recipe.name: "/out"}, MergeOptions(), {}, opened)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.thread_time() - begin)
     assert min(seconds) < 0.01  # 1 ms on an idle core

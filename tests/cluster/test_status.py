@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import raymerge
 from raymerge.cli.main import main
+from raymerge.cluster import run_folder
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.run_folder import LOCK_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.status import run_status
@@ -93,8 +94,9 @@ def test_a_measurement_is_a_run_too(tmp_path):
     assert run_status(tmp_path / "done").state == "finished"
 
 
-def test_a_run_that_starts_while_status_looks_is_not_refused(tmp_path):
+def test_a_run_that_starts_while_status_looks_is_not_refused(tmp_path, monkeypatch):
     """`status` holds a shared lock for a moment; a run asks again for longer than that."""
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 60.0)
     folder = RunFolder(str(tmp_path / "out"))
     os.makedirs(folder.path)
     lock = os.path.join(folder.path, LOCK_NAME)

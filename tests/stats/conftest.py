@@ -102,6 +102,6 @@ def run_together() -> Callable[[list[Callable[[], Any]]], list[Any]]:
 
     def run(functions: list[Callable[[], Any]]) -> list[Any]:
         with ThreadPoolExecutor(len(functions)) as pool:
-            return [each.result(timeout=30) for each in [pool.submit(function) for function in functions]]
+            return [each.result(timeout=120) for each in [pool.submit(function) for function in functions]]
 
     return run

@@ -161,7 +161,7 @@ def running_object_store(listening: socket.socket) -> Iterator[ObjectStore]:
 
 
 def _wait_until_up(port: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

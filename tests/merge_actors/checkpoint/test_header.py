@@ -337,8 +337,8 @@ def test_45_000_tensors_are_read_in_seconds_from_a_sparse_file(tmp_path: Path) -
     path = raw_file(tmp_path / "large.safetensors", header)
     with open(path, "r+b") as stream:
         stream.truncate(path.stat().st_size + 45_000 * num_bytes)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     tensors, _ = read_header(path)
-    # About 0.3 s on an idle core; the bound allows for a busy machine.
-    assert time.perf_counter() - begin < 5
+    # About 0.3 s on an idle core; the bound allows for a slow one.
+    assert time.thread_time() - begin < 5
     assert len(tensors) == 45_000

@@ -24,7 +24,6 @@ DATA = bytes(os.urandom(300_000))
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Wait for milliseconds where users wait for seconds."""
     monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(arrow_store, "_STALLED_SECONDS", 1)
     monkeypatch.setattr(arrow_store, "_PART_ATTEMPTS", 2)
     forget_stores()
     yield
@@ -39,7 +38,11 @@ def files() -> Iterator[StorageFiles]:
 
 
 @pytest.mark.parametrize("kind", ["503", "500", "cut", "drop", "stall"])
-def test_a_read_that_fails_is_repeated(kind: Kind, object_store: ObjectStore, files: StorageFiles) -> None:
+def test_a_read_that_fails_is_repeated(
+    kind: Kind, object_store: ObjectStore, files: StorageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "stall":  # elsewhere a slow machine's server may think for a second
+        monkeypatch.setattr(arrow_store, "_STALLED_SECONDS", 1)
     object_store.put_bytes("faults/data", DATA)
     fault = object_store.fail(kind, "faults/data", times=1 if kind == "stall" else 3)
     buffer = bytearray(1000)
@@ -56,7 +59,7 @@ def test_a_store_that_keeps_failing_is_named(
     object_store.put_bytes("faults/data", DATA)
     object_store.fail(kind, "faults/data", times=1000)
     expected = (
-        rf"cannot read bytes \[5,000, 6,000\) of s3://{BUCKET}/faults/data: {retry.MOST_ATTEMPTS} attempts in \d s "
+        rf"cannot read bytes \[5,000, 6,000\) of s3://{BUCKET}/faults/data: {retry.MOST_ATTEMPTS} attempts in \d+ s "
         r"failed, the last one with: .+; see whether the storage works, then try again \(a merge goes on "
         r"with --resume\)"
     )
@@ -160,7 +163,7 @@ def _unknown_scheme(store: ObjectStore) -> None:
         ),
         (_read_refused, "access is refused"),
         (_write_refused, "access is refused"),
-        (_unknown_scheme, "cannot read nosuchscheme://place/key: it does not exist; check the name"),
+        (_unknown_scheme, "cannot read nosuchscheme://place/key: no client for nosuchscheme:// can be"),
     ],
 )
 def test_what_repeating_cannot_mend_fails_at_once(
