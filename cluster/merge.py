@@ -249,7 +249,7 @@ class _Run:
         try:
             self._write_metadata(wave)
             group.start(self._context(wave, placement))
-            show = progress.show if self.show_progress else _silent
+            show = self.folder.watched(progress.show if self.show_progress else _silent)
             on_done = self.trace.add if self.trace else _untraced
             controller = Controller(
                 plan, group, journal, show, on_done=on_done, may_drop=self.failures.may_drop

@@ -13,12 +13,13 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from raymerge.cluster.journal import read_journal_header
 from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder, check_own
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
+from raymerge.cluster.totals import Totals
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError, RaymergeError, RecipeError
 from raymerge.merge_actors.storage.folders import entries, exists
@@ -84,6 +85,18 @@ class RemoteRunFolder:
         with self._lock.held(), tempfile.TemporaryDirectory(prefix="raymerge-") as local:
             self._local = local
             yield
+
+    def watched(self, on_progress: Callable[[Totals], None]) -> Callable[[Totals], None]:
+        """Return what a run calls as it goes on: it ends when another has taken the folder over.
+
+        Else its workers would put files of their own in the place of those that the other has made.
+        """
+
+        def check(totals: Totals) -> None:
+            self._lock.check_not_lost()
+            on_progress(totals)
+
+        return check
 
     def check_free(self, *, overwrite: bool, resume: bool, names: Sequence[str], is_campaign: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.

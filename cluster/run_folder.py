@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from raymerge.cluster.journal import read_journal_header
+from raymerge.cluster.totals import Totals
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
@@ -102,6 +103,10 @@ class RunFolder:
             return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(self.path, LOCK_NAME)))
         except FileNotFoundError:
             return False
+
+    def watched(self, on_progress: Callable[[Totals], None]) -> Callable[[Totals], None]:
+        """Return what a run calls as it goes on: nobody takes this lock from a process that lives."""
+        return on_progress
 
     def check_free(self, *, overwrite: bool, resume: bool, names: Sequence[str], is_campaign: bool) -> None:
         """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.

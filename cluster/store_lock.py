@@ -3,7 +3,8 @@
 Whoever wants the folder writes a ticket into it and then lists the tickets. Stores list what was written before,
 so of two that come together at least one sees the other, and whoever sees another's live ticket withdraws: both
 may, never do both stay. A ticket is alive while its owner writes it again, every `HEARTBEAT_SECONDS`; ages are
-differences of the store's own times, so clocks need not agree.
+differences of the store's own times, so clocks need not agree. An owner whose ticket was removed, or who comes back
+after so long that it may have been and finds another's, has lost the lock for good and ends.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from raymerge.cluster.journal import boot_id
 from raymerge.merge_actors.errors import OutputError, RaymergeError
 from raymerge.merge_actors.storage.folders import entries, read_bytes
 from raymerge.merge_actors.storage.objects import delete_objects, write_object
@@ -35,6 +37,7 @@ class StoreLock:
         self._name = f"{TICKET_PREFIX}{secrets.token_hex(8)}.json"
         self._uri = f"{folder}/{self._name}"
         self._done = threading.Event()
+        self._is_lost = False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -63,7 +66,16 @@ class StoreLock:
         Raises:
             OutputError: the ticket is gone.
         """
-        if all(entry.name != self._name for entry in entries(self._folder)):
+        self._is_lost = self._is_lost or all(entry.name != self._name for entry in entries(self._folder))
+        self.check_not_lost()
+
+    def check_not_lost(self) -> None:
+        """Do the same from what the last heartbeat found, without asking the store.
+
+        Raises:
+            OutputError: the ticket was gone.
+        """
+        if self._is_lost:
             raise OutputError(
                 f"another run took {self._out} over while this one did not reach the store for {STALE_SECONDS:g} s; "
                 "this one ends without a commit"
@@ -71,7 +83,7 @@ class StoreLock:
 
     def _write(self) -> None:
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%F %T")}
-        write_object(self._uri, json.dumps(owner).encode())
+        write_object(self._uri, json.dumps({**owner, "processes": _processes()}).encode())
 
     def _refuse_others(self) -> None:
         tickets = [entry for entry in entries(self._folder) if entry.name.startswith(TICKET_PREFIX)]
@@ -80,7 +92,7 @@ class StoreLock:
             if ticket.name == self._name:
                 continue
             owner = self._owner(ticket)
-            if owner is None or _is_dead(owner) or _is_stale(ticket, own):
+            if owner is None or is_dead(owner) or _is_stale(ticket, own):
                 delete_objects([f"{self._folder}/{ticket.name}"])
                 continue
             raise OutputError(
@@ -92,22 +104,47 @@ class StoreLock:
         """Return who wrote a ticket; None if it was withdrawn since."""
         try:
             found = json.loads(read_bytes(f"{self._folder}/{ticket.name}"))
-            return {key: found[key] for key in ("host", "pid", "since")}
+            return {
+                "processes": found.get("processes"),
+                **{key: found[key] for key in ("host", "pid", "since")},
+            }
         except (RaymergeError, ValueError, KeyError, TypeError):
             return None
 
     def _beat(self) -> None:
-        while not self._done.wait(HEARTBEAT_SECONDS):
+        written = time.time()
+        while not (self._is_lost or self._done.wait(HEARTBEAT_SECONDS)):
             with contextlib.suppress(RaymergeError):  # the next one may get through
                 # Not written anew when it is gone: somebody has taken the folder over.
-                if any(entry.name == self._name for entry in entries(self._folder)):
-                    self._write()
+                if self._name not in self._tickets():
+                    self._is_lost = True
+                    return
+                self._write()
+                now = time.time()
+                # Written, maybe, after another has removed it: an outage or a stop lay between look and writing.
+                if now - written > STALE_SECONDS - HEARTBEAT_SECONDS and self._tickets() - {self._name}:
+                    self._is_lost = True
+                written = now
+
+    def _tickets(self) -> set[str]:
+        return {entry.name for entry in entries(self._folder) if entry.name.startswith(TICKET_PREFIX)}
 
 
-def _is_dead(owner: dict[str, object]) -> bool:
-    """Return whether a process of this machine is gone."""
+def _processes() -> str:
+    """Name the set of processes in which ours has its number: containers may share a host's name and no processes."""
+    with contextlib.suppress(OSError):
+        return f"{boot_id()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def is_dead(owner: Mapping[str, object]) -> bool:
+    """Return whether the owner of a ticket is a process of this machine that is gone."""
     pid = owner["pid"]
-    if owner["host"] != os.uname().nodename or not isinstance(pid, int):
+    if (
+        owner["host"] != os.uname().nodename
+        or owner.get("processes") != _processes()
+        or not isinstance(pid, int)
+    ):
         return False
     try:
         os.kill(pid, 0)

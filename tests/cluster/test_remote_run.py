@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from object_store import BUCKET, ObjectStore
 
 import raymerge
 from raymerge.cluster import store_lock
-from raymerge.cluster.journal import read_journal
+from raymerge.cluster.journal import Journal, read_journal
 from raymerge.cluster.merge import merge
 from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
@@ -193,6 +195,78 @@ def test_a_lock_that_was_broken_stops_its_owner(out: str, object_store: ObjectSt
             object_store._call("DELETE", f"/{BUCKET}/{key}")
         with pytest.raises(OutputError, match=r"took .* over"):
             lock.check_held()
+
+
+def test_a_run_whose_lock_was_taken_over_hands_out_nothing_more(
+    recipe: Any, out: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver was stopped for long enough; going on, it would write over what the new owner has made."""
+    monkeypatch.setattr(store_lock, "HEARTBEAT_SECONDS", 0.05)
+    prefix = f"{key_of(RemoteRunFolder(out, is_campaign=False).path)}/"
+    add = Journal.add
+
+    def add_and_wait(journal: Journal, report: Any) -> None:
+        add(journal, report)
+        for key in object_store.keys(f"{prefix}lock-"):  # what the new owner does with a stale ticket
+            object_store._call("DELETE", f"/{BUCKET}/{key}")
+        wait_for(lambda: not _is_beating())
+
+    monkeypatch.setattr(Journal, "add", add_and_wait)
+    with pytest.raises(OutputError, match=r"another run took .* over"):
+        run(recipe, out, workers=1)
+    header, reports = read_journal(RemoteRunFolder(out, is_campaign=False).journal_path)
+    assert 0 < len(reports) < header["num_tasks"] - 3
+    assert not [key for key in object_store.keys(key_of(out) + "/") if not key.endswith(".safetensors")]
+
+
+def _is_beating() -> bool:
+    return any(thread.name == "store-lock" for thread in threading.enumerate())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_heartbeat_that_comes_late_does_not_bring_a_lost_lock_back(
+    out: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner looked, was stopped, and wrote its ticket after another had removed it."""
+    monkeypatch.setattr(store_lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(store_lock, "STALE_SECONDS", 0.05)
+    first, second = (store_lock.StoreLock(f"{out}/.run", out) for _ in range(2))
+    with first.held():
+        wait_for(lambda: object_store.keys(f"{key_of(out)}/.run/") != [])
+        second._write()
+        wait_for(lambda: not _is_beating())
+        with pytest.raises(OutputError, match=r"took .* over"):
+            first.check_held()
+        second.check_held()
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_dead"), [({}, True), ({"processes": "elsewhere"}, False), ({"host": "elsewhere"}, False)]
+)
+def test_a_ticket_of_a_process_that_is_gone_counts_for_nothing_where_its_number_means_something(
+    out: str, object_store: ObjectStore, changed: dict[str, str], is_dead: bool
+) -> None:
+    """Containers may share their host's name and not its processes: a number unknown here may live there."""
+    folder = f"{out}/.run{'-'.join(changed)}"
+    store_lock.StoreLock(folder, out)._write()
+    [key] = object_store.keys(f"{key_of(folder)}/")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    ticket = {**json.loads(object_store.get(key)), "pid": ended.pid, **changed}
+    object_store.put_bytes(key, json.dumps(ticket).encode())
+    other = store_lock.StoreLock(folder, out)
+    if is_dead:
+        with other.held():
+            other.check_held()
+        return
+    with pytest.raises(OutputError, match="another run is writing"), other.held():
+        pass
 
 
 def context(**fields: Any) -> RunContext:
