@@ -15,7 +15,7 @@ from typing import Any, Literal
 from raymerge.cluster.journal import read_journal
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
-from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX
+from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX, is_dead
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
 from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
@@ -190,7 +190,10 @@ def _remote_owner(folder: str) -> tuple[str | None, bool]:
     latest = max(tickets, key=lambda entry: entry.modified_seconds or 0.0)
     owner = None
     with contextlib.suppress(ValueError, KeyError):
-        owner = _in_words(json.loads(read_bytes(f"{folder}/{latest.name}")))
+        found = json.loads(read_bytes(f"{folder}/{latest.name}"))
+        owner = _in_words(found)
+        if is_dead(found):
+            return owner, False
     return owner, time.time() - (latest.modified_seconds or 0.0) < STALE_SECONDS
 
 

@@ -23,6 +23,7 @@ from raymerge.cluster.merge import merge
 from raymerge.cluster.merge_result import MergeResult
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
+from raymerge.cluster.status import run_status
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, OutputError, RaymergeError
 from raymerge.merge_actors.storage import retry
 from raymerge.merge_actors.storage.store import forget_stores
@@ -123,6 +124,7 @@ def test_a_killed_run_is_resumed(recipe: Any, out: str, object_store: ObjectStor
         process.kill()
         process.communicate()
     assert not [key for key in object_store.keys(key_of(out) + "/") if not key.endswith(".safetensors")]
+    assert run_status(out).state == "unfinished"
     header, reports = read_journal(RemoteRunFolder(out, is_campaign=False).journal_path)
     assert header["num_tasks"] == 9 and 0 < len(reports) < 9
     result = run(str(tmp_path / "recipe.yaml"), out, resume=True)
