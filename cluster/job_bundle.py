@@ -14,12 +14,13 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 import raymerge
-from raymerge.merge_actors.errors import RecipeError
+from raymerge.cluster.yaml_source import read_documents
 
 _YAML = (".yaml", ".yml")
 #: Under these a bare word is a path if there is a file or folder of its name.
@@ -139,11 +140,7 @@ def copy_package(folder: str) -> None:
 
 def _add_file(path: str, files: dict[str, str]) -> str:
     """Put a YAML file, its paths made absolute, among the job's files; return its name there."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            read = list(yaml.safe_load_all(file))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
+    read = [each.value for each in read_documents(Path(path))]
     names = frozenset(str(each["name"]) for each in read if isinstance(each, dict) and "name" in each)
     documents = [absolute_document(each, names) for each in read]
     stem, extension = os.path.splitext(os.path.basename(path))

@@ -70,9 +70,13 @@ def test_recipes_travel_and_outputs_do_not(here):
 
 
 def test_a_file_that_is_no_yaml_is_refused(here):
-    (here / "bad.yaml").write_text("a: [1,")
-    with pytest.raises(RecipeError, match=r"cannot read bad\.yaml"):
-        bundle_words([("bad.yaml", False)], files={})
+    for text, said in (
+        ("a: [1,", r"bad\.yaml:1: not valid YAML"),
+        ("seed: 1\nseed: 2\n", r"bad\.yaml:2: .*seed"),  # the job would see one of them and say nothing
+    ):
+        (here / "bad.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            bundle_words([("bad.yaml", False)], files={})
 
 
 def test_the_same_command_has_the_same_name():
