@@ -16,13 +16,16 @@ from raymerge.cluster.journal import read_journal
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX, is_dead
-from raymerge.merge_actors.errors import OutputError
+from raymerge.merge_actors.errors import CheckpointError, OutputError
 from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
 from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 from raymerge.stats.statistics_file import MANIFEST
 
 #: What makes a folder an output: of a merge, of a measurement.
 _MANIFESTS = (MANIFEST_NAME, MANIFEST)
+
+#: A run may end while its journal is read, and the next one begin: then what is there is looked at anew.
+_MOST_LOOKS, _SECONDS_BETWEEN_LOOKS = 4, 0.2
 
 State = Literal["running", "unfinished", "finished", "outputs below"]
 
@@ -89,6 +92,16 @@ def run_status(out: str | os.PathLike[str]) -> RunStatus:
         OutputError: there is neither an output, in OUT or right below it, nor a run for it.
     """
     place = without_file_scheme(os.fspath(out))
+    for _ in range(_MOST_LOOKS - 1):
+        with contextlib.suppress(
+            FileNotFoundError, CheckpointError
+        ):  # a run that ends takes its journal away
+            return _look(place)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return _look(place)
+
+
+def _look(place: str) -> RunStatus:
     folder = RemoteRunFolder(place, is_campaign=False) if is_remote(place) else RunFolder(place)
     owner, is_alive = _remote_owner(folder.path) if is_remote(place) else _local_owner(folder.path)
     headers, num_done, moved, last = [], 0, [0, 0], None

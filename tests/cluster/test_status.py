@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 import raymerge
 from raymerge.cli.main import main
-from raymerge.cluster import run_folder
+from raymerge.cluster import run_folder, status
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.run_folder import LOCK_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.status import run_status
@@ -105,3 +106,27 @@ def test_a_run_that_starts_while_status_looks_is_not_refused(tmp_path, monkeypat
         threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with folder.locked():
             assert run_status(tmp_path / "out").state == "running"
+
+
+def test_a_run_that_ends_while_status_looks_is_finished(tiny_checkpoints, tmp_path, monkeypatch):
+    family = tiny_checkpoints("llama")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(model)} for model in family.models],
+        "parameters": {"weight": 1},
+    }
+    out = tmp_path / "out"
+    raymerge.merge(recipe, out, in_process=True)
+    folder = RunFolder(str(out))
+    os.makedirs(folder.path)
+    journal = Journal.create(folder.journal_path, "plan", {"num_tasks": 1})
+    journal.add(_report(0))
+    journal.close()
+    read = status.read_journal
+
+    def read_late(path: str) -> object:
+        shutil.rmtree(folder.path, ignore_errors=True)  # as a run does when it commits
+        return read(path)
+
+    monkeypatch.setattr(status, "read_journal", read_late)
+    assert run_status(out).state == "finished"
