@@ -9,14 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-)
+from ray.exceptions import RayError, RayTaskError
 
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
@@ -223,7 +216,7 @@ class RayGroup:
             ray.get(reference, timeout=30)
         except RayTaskError as error:
             return [Failed(number, MergeTask(number=-1, pieces=()), _cause(error))]
-        except (RayActorError, GetTimeoutError) as error:
+        except RayError as error:  # it died, hangs, or its environment cannot be made on its node
             ray.kill(actor)  # it may only be slow, and must not hold what its replacement needs
             return self._lose(number, f"worker {number} did not start: {error}")
         self._actors[number] = actor
@@ -239,13 +232,7 @@ class RayGroup:
                 return [Failed(worker, instruction, cause)]
             self._in_flight[reference] = (worker, instruction)
             return self._lose(worker, f"out of memory: {cause}")
-        except (
-            ActorDiedError,
-            ActorUnavailableError,
-            RayActorError,
-            OutOfMemoryError,
-            GetTimeoutError,
-        ) as error:
+        except RayError as error:  # it died, or its node did before we had what it sent
             self._in_flight[reference] = (worker, instruction)
             return self._lose(worker, str(error).strip().splitlines()[0])
 
