@@ -65,9 +65,7 @@ class RunStatus:
         if self.state == "finished":
             return f"{self.out}: finished"
         if self.state == "outputs below":
-            return (
-                f"{self.out}: no output itself and no run for it; finished below: {', '.join(self.outputs)}"
-            )
+            return f"{self.out}: no run under way; finished below: {', '.join(self.outputs)}"
         now = time.time() if now is None else now
         parts = [f"{self.out}: {self.state}"]
         if self.num_tasks:

@@ -70,7 +70,7 @@ def test_a_finished_output_and_none(tiny_checkpoints, tmp_path):
     shown = CliRunner().invoke(main, ["status", str(tmp_path / "both")])
     assert (shown.exit_code, shown.output) == (
         0,
-        f"{tmp_path / 'both'}: no output itself and no run for it; finished below: a, b\n",
+        f"{tmp_path / 'both'}: no run under way; finished below: a, b\n",
     )
     (tmp_path / "other").mkdir()
     with pytest.raises(
