@@ -5,7 +5,9 @@ A merge worker computes on one core; a program that merges in its own process ke
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 _lock = threading.Lock()
 _num_borrowers = 0
@@ -33,3 +35,30 @@ def return_threads() -> None:
         _num_borrowers -= 1
         if _num_borrowers == 0:
             torch.set_num_threads(_num_threads_before)
+
+
+class TorchThreads:
+    """One borrower: torch, imported and told its number of threads when it is first needed."""
+
+    def __init__(self) -> None:
+        self._borrowing = threading.Lock()
+        self._has_borrowed = False
+
+    @contextlib.contextmanager
+    def computing(self, num_threads: int) -> Iterator[None]:
+        """Compute with torch on so many threads, without gradients."""
+        import torch
+
+        with self._borrowing:
+            if not self._has_borrowed:
+                borrow_threads(num_threads)
+                self._has_borrowed = True
+        with torch.inference_mode():
+            yield
+
+    def give_back(self) -> None:
+        """Give the threads back, if they were borrowed."""
+        with self._borrowing:
+            if self._has_borrowed:
+                return_threads()
+                self._has_borrowed = False

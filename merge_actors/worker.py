@@ -5,52 +5,34 @@ directly. A task passes three phases, each on its own resources: *read* (storage
 lane's buffers), *merge* (the device), *write* (buffers -> storage). `merge` may be called from
 as many threads as there are lanes, and then one task's reading overlaps the merging of the
 one before and the writing of the one before that. Tasks are idempotent: they overwrite their
-own ranges of preallocated files. On a CPU what the compiled kernels can do they do, and torch
-is imported when something else comes.
+own ranges of preallocated files. Here is who holds which buffer when; the arithmetic of a piece
+is in `piece_merger.py`, that of the solves in `solving.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
 
-from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.checksum import checksum_chunk_bytes, piece_checksum
 from raymerge.merge_actors.chunks import CHUNK_BYTES, chunks_of, join_reports
-from raymerge.merge_actors.directions import Direction
-from raymerge.merge_actors.dtypes import NARROW, element_bytes, torch_dtype
-from raymerge.merge_actors.errors import CheckpointError, ClusterError, NotFiniteError, OutputError
+from raymerge.merge_actors.dtypes import element_bytes, torch_dtype
 from raymerge.merge_actors.files import Files, allow_many_files
 from raymerge.merge_actors.host_input import HostInput
 from raymerge.merge_actors.inputs import aligned, arena_bytes, read_inputs
 from raymerge.merge_actors.kernels.build import Kernels, load_kernels
-from raymerge.merge_actors.kernels.fused import FusedSlice, NotFinite, fused_slice
 from raymerge.merge_actors.lane import Lane
-from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
-from raymerge.merge_actors.methods.interface import Summary
-from raymerge.merge_actors.methods.prepare import TensorState, needs_preparation
-from raymerge.merge_actors.methods.slices import Measurable, TensorSlice, prepare_slices
-from raymerge.merge_actors.narrowing import beyond_warning, count_beyond, saturates
-from raymerge.merge_actors.nonfinite import (
-    count_nonfinite,
-    hides_nonfinite,
-    holds_only_finite,
-    write_one_nan,
-)
+from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.narrowing import beyond_warning, count_beyond
+from raymerge.merge_actors.node_check import check_node
 from raymerge.merge_actors.outputs import OutputBatch, output_batches
+from raymerge.merge_actors.piece_merger import Figures, PieceMerger
 from raymerge.merge_actors.run_memory import RunMemory
 from raymerge.merge_actors.solving import Solving, report_solve
-from raymerge.merge_actors.squares import sum_squares
-from raymerge.merge_actors.storage.folders import exists
-from raymerge.merge_actors.storage.retry import with_retries
 from raymerge.merge_actors.storage.staged_outputs import StagedOutputs
 from raymerge.merge_actors.storage.storage_files import StorageFiles
-from raymerge.merge_actors.storage.store import store_of
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import (
     FileTask,
@@ -64,10 +46,7 @@ from raymerge.merge_actors.task import (
     SolveTask,
     TaskReport,
 )
-from raymerge.merge_actors.torch_threads import borrow_threads, return_threads
-
-if TYPE_CHECKING:
-    import torch
+from raymerge.merge_actors.torch_threads import TorchThreads
 
 #: Tasks of one worker that are under way at once: one is read while another is merged.
 NUM_LANES = 2
@@ -77,15 +56,6 @@ _MOST_HALVINGS = 4
 _CUDA_CHUNK_BYTES = 256 << 20
 #: The same where an input comes over the network: all ranges of a task are in flight together.
 _REMOTE_CHUNK_BYTES = 256 << 20
-
-
-class Figures(NamedTuple):
-    """What a merged piece holds."""
-
-    sum_squares: float
-    """Before the values are rounded to the output dtype."""
-    num_nonfinite: int
-    """After it."""
 
 
 class _Stopwatch:
@@ -134,40 +104,22 @@ class MergeWorker:
         self._chunk_bytes = (CHUNK_BYTES if is_cpu else _CUDA_CHUNK_BYTES) >> min(
             context.thrift, _MOST_HALVINGS
         )
-        self._prepared: dict[int, bool] = {}
         self._merging: threading.Lock | None = threading.Lock() if is_cpu else None
-        self._importing = threading.Lock()
-        self._has_borrowed_threads = False
+        self._threads = TorchThreads()
+        self._merger = PieceMerger(context, self._kernels, self._threads, memory)
 
     def begin(self, context: RunContext) -> None:
         """Become the worker of another run on the same device, with the buffers that are there."""
         self.context = context
-        self._prepared = {}
+        self._merger = PieceMerger(context, self._kernels, self._threads, self._memory)
 
     def check(self) -> str:
         """Check that this node sees every path and bucket of the run; return the node's host name.
 
-        Models from the Hub that are not where the driver has them are fetched, once per node.
-
         Raises:
-            ClusterError: a path is missing here, or a store refuses this node.
-            CheckpointError: the Hub does not give a model to this node.
+            RaymergeError: see `check_node`.
         """
-        host = os.uname().nodename
-        for model in self.context.hub_models:
-            if not os.path.exists(model.folder):
-                self._files.move(model.folder, os.path.realpath(locate(model.path, model.revision)))
-        for path in self.context.visible_paths:
-            if is_remote(path):
-                _check_reachable(host, path)
-            elif not os.path.exists(path):
-                raise ClusterError(
-                    f"node {host} does not see {path}; inputs and output must lie on a file system "
-                    "that every node mounts at the same path, or in an object store"
-                )
-        for uri in self.context.writable_folders:
-            _check_writable(host, uri)
-        return host
+        return check_node(self.context, self._files)
 
     def make_files(self, task: FileTask, states: Mapping[int, TensorState]) -> TaskReport:
         """Make files and upload them.
@@ -221,7 +173,7 @@ class MergeWorker:
         watch = _Stopwatch()
         chunk_bytes = _REMOTE_CHUNK_BYTES if _reads_remote(task.pieces) else self._chunk_bytes
         try:
-            for chunk in chunks_of(task.pieces, self._must_stay_whole, chunk_bytes):
+            for chunk in chunks_of(task.pieces, self._merger.must_stay_whole, chunk_bytes):
                 inputs = read_inputs(chunk, self._files, lane.host_arena(arena_bytes(chunk)))
                 watch.lap("read")
                 for batch in output_batches(chunk):
@@ -242,18 +194,6 @@ class MergeWorker:
             warnings=(*warnings, *self._files.remarks()),
             fetched_bytes=self._files.take_fetched_bytes(),
         )
-
-    def _must_stay_whole(self, piece: Piece) -> bool:
-        """Return whether this worker itself has to measure a tensor of the piece first."""
-        return piece.is_whole and any(self._needs_preparation(job.settings) for job in piece.jobs)
-
-    def _needs_preparation(self, number: int) -> bool:
-        if number not in self._prepared:
-            name, settings = self.context.settings[number]
-            self._prepared[number] = name != "copy" and needs_preparation(
-                METHODS[name], settings, SPARSIFIERS
-            )
-        return self._prepared[number]
 
     def _merge_batch(
         self,
@@ -278,13 +218,15 @@ class MergeWorker:
                     data = lane.host_output(at, num_bytes) if memory is None else memory
                     out = HostInput(data, job.dtype)
                     state = TensorState() if job.state is None else states[job.state]
-                    figures = self._merge_on_host(piece, job, inputs[number], state, out)
+                    figures = self._merger.merge_on_host(piece, job, inputs[number], state, out)
                     if figures is None:
-                        with self._eagerly():
+                        with self._threads.computing(self.context.num_threads):
                             on_device = on_device or lane.to_device(inputs[number])
                             is_on_host = self._merging is not None
                             out_P = out.tensor() if is_on_host else lane.output(at, num_bytes, job.dtype)
-                            figures = self._merge_piece(piece, job, on_device, state, lane, out_P, warnings)
+                            figures = self._merger.merge_eagerly(
+                                piece, job, on_device, state, lane, out_P, warnings
+                            )
                     merged.append((piece, job, out.data.data, figures))
                     at += aligned(num_bytes)
             lane.fetch_output(at)
@@ -306,7 +248,7 @@ class MergeWorker:
         solving = Solving(task, settings, self._files, lane.device, known)
         try:
             for number, each in enumerate(task.sets):
-                with lane.computing(self._merging), self._eagerly():
+                with lane.computing(self._merging), self._threads.computing(self.context.num_threads):
                     merged, factor = solving.solve(number)
                 watch.lap("merge")
                 for job, matrix in zip(each.jobs, merged, strict=True):
@@ -338,7 +280,7 @@ class MergeWorker:
             inputs = read_inputs([task.piece], self._files, lane.host_arena(arena_bytes([task.piece])))[0]
             read = time.perf_counter()
             with lane.computing(self._merging):
-                summaries = self._measure(task, inputs, lane)
+                summaries = self._merger.measure(task, inputs, lane)
             return MeasureReport(
                 state=task.state,
                 begin=task.piece.begin,
@@ -362,156 +304,7 @@ class MergeWorker:
     def close(self) -> None:
         """Close the worker's files, and give torch's threads back."""
         self._files.close()
-        with self._importing:
-            if self._has_borrowed_threads:
-                return_threads()
-                self._has_borrowed_threads = False
-
-    @contextlib.contextmanager
-    def _eagerly(self) -> Iterator[None]:
-        """Compute with torch, which is imported when it is first needed."""
-        import torch
-
-        with self._importing:
-            if not self._has_borrowed_threads:
-                borrow_threads(self.context.num_threads)
-                self._has_borrowed_threads = True
-        with torch.inference_mode():
-            yield
-
-    def _measure(self, task: MeasureTask, inputs: Sequence[HostInput], lane: Lane) -> tuple[Summary, ...]:
-        """Answer a round of questions, by the kernels if they can."""
-        measures, state = task.round.measures, task.round.state
-        fused = self._fused(task.piece, task.piece.jobs[0], inputs)
-        if fused is not None:
-            with contextlib.suppress(NotFinite):
-                return tuple(fused.measure(each, state) for each in measures)
-        with self._eagerly():
-            piece_slice = self._slice(task.piece, task.piece.jobs[0], lane.to_device(inputs), lane)
-            return tuple(piece_slice.measure(each, state) for each in measures)
-
-    def _fused(self, piece: Piece, job: Job, inputs: Sequence[HostInput]) -> FusedSlice | None:
-        """Return a job's slice for the kernels, or None if they do not have its method."""
-        if self._kernels.library is None or job.statistics:
-            return None
-        name, settings = self.context.settings[job.settings]
-        return fused_slice(
-            library=self._kernels.library,
-            method=METHODS[name],
-            settings=settings,
-            sparsifiers=SPARSIFIERS,
-            shape=piece.shape,
-            begin=piece.begin,
-            base=None if job.base is None else inputs[job.base],
-            models=[inputs[i] for i in job.models],
-            keys=job.keys,
-            out_dtype=job.dtype,
-        )
-
-    def _slice(self, piece: Piece, job: Job, inputs: list[torch.Tensor], lane: Lane) -> TensorSlice:
-        name, settings = self.context.settings[job.settings]
-        return TensorSlice(
-            method=METHODS[name],
-            settings=settings,
-            sparsifiers=SPARSIFIERS,
-            shape=piece.shape,
-            begin=piece.begin,
-            base_P=None if job.base is None else inputs[job.base],
-            models_P=[inputs[i] for i in job.models],
-            statistics_P=[inputs[i] for i in job.statistics] or None,
-            keys=job.keys,
-            pool=lane.pool,
-        )
-
-    def _merge_on_host(
-        self, piece: Piece, job: Job, inputs: Sequence[HostInput], state: TensorState, out: HostInput
-    ) -> Figures | None:
-        """Copy or merge one job of a piece without torch; None if that cannot be, or not by this worker."""
-        if self._merging is None:
-            return None  # on a GPU
-        if self.context.settings[job.settings][0] == "copy":
-            out.data[:] = inputs[job.models[0]].data
-            return Figures(0.0, 0)
-        fused = self._fused(piece, job, inputs)
-        if fused is None:
-            return None
-        direction = self._direction(piece, job, fused, state)
-        try:
-            if direction is not None and direction.is_known:
-                unit_squares = fused.merge(state, out.data, out.dtype, direction.values, is_known=True)
-            else:
-                if piece.is_whole:
-                    state = self._prepare(piece, job, fused, state)
-                values = None if direction is None else direction.values
-                unit_squares = fused.merge(state, out.data, out.dtype, values)
-                if direction is not None:
-                    direction.formed()
-        except NotFinite:
-            return None
-        if job.dtype in NARROW and not holds_only_finite(out):
-            return None
-        return Figures(sum(unit_squares.tolist()), 0)
-
-    def _direction(self, piece: Piece, job: Job, fused: FusedSlice, state: TensorState) -> Direction | None:
-        """Return what lambda multiplies, from an earlier run or to be kept for later ones."""
-        if self._memory is None:
-            return None
-        return self._memory.directions.find(piece, job, fused.method, fused.settings, fused.formula, state)
-
-    def _prepare(self, piece: Piece, job: Job, whole: Measurable, state: TensorState) -> TensorState:
-        """Measure a tensor that is here whole, as far as nothing is known of it."""
-        if self._memory is None:
-            return prepare_slices([whole], state)
-        known = self._memory.states
-        tensor = [(piece, job)]
-        recalled = known.recall(tensor, whole.method, whole.settings, state)
-        found = prepare_slices([whole], recalled)
-        known.keep(tensor, whole.method, whole.settings, found, recalled)
-        return found
-
-    def _merge_piece(
-        self,
-        piece: Piece,
-        job: Job,
-        inputs: list[torch.Tensor],
-        state: TensorState,
-        lane: Lane,
-        out_P: torch.Tensor,
-        warnings: list[str],
-    ) -> Figures:
-        """Merge one job of a piece into `out_P` by the eager formulas and say what came out."""
-        name, settings = self.context.settings[job.settings]
-        if name == "copy":
-            out_P.copy_(inputs[job.models[0]])
-            return Figures(0.0, 0)
-        comes_of_inputs = False
-        if hides_nonfinite(METHODS[name], settings):
-            comes_of_inputs = self._check_inputs(piece, job, inputs, warnings)
-        merging = self._slice(piece, job, inputs, lane)
-        if piece.is_whole:
-            state = self._prepare(piece, job, merging, state)
-        total_squares, num_nonfinite, num_beyond = 0.0, 0, 0
-        for at, merged_P in merging.merged_blocks(state):
-            stored_P = out_P[at : at + merged_P.numel()].copy_(merged_P)
-            squares = sum_squares(merged_P)
-            if squares - squares != 0:  # NaN or infinity: in the block, or in the sum alone
-                found = count_nonfinite(merged_P)
-                if found and num_nonfinite == 0:
-                    comes_of_inputs = self._check_inputs(piece, job, inputs, warnings)
-                num_nonfinite += found
-                write_one_nan(stored_P, merged_P)
-                squares = sum_squares(merged_P.double().nan_to_num_(0, 0, 0))
-            total_squares += squares
-            num_beyond += count_beyond(merged_P, job.dtype)
-        if num_nonfinite and not comes_of_inputs:
-            warnings.append(
-                f"{num_nonfinite:,} values of tensor {job.tensor} became NaN or infinite, though no input is; "
-                "choose smaller weights, or ones that do not cancel"
-            )
-        if num_beyond:
-            warnings.append(beyond_warning(num_beyond, job.tensor, job.dtype))
-            num_nonfinite += 0 if saturates(job.dtype) else num_beyond
-        return Figures(total_squares, num_nonfinite)
+        self._threads.give_back()
 
     def _write_piece(
         self, piece: Piece, job: Job, data: memoryview, figures: Figures, files: Files
@@ -526,53 +319,6 @@ class MergeWorker:
             num_nonfinite=figures.num_nonfinite,
         )
 
-    def _check_inputs(self, piece: Piece, job: Job, inputs: list[torch.Tensor], warnings: list[str]) -> bool:
-        """Name the inputs that hold NaN or infinity: an error, or a warning if they are allowed.
-
-        Returns:
-            whether there are any.
-        """
-        is_any = False
-        for index in (*job.models, *(() if job.base is None else (job.base,))):
-            found = count_nonfinite(inputs[index])
-            if not found:
-                continue
-            read = piece.reads[index]
-            message = (
-                f"tensor {read.tensor} of model {read.model} holds {found:,} NaN or infinite values in elements "
-                f"[{piece.begin:,}, {piece.end:,})"
-            )
-            if not self.context.allow_nan:
-                error = NotFiniteError(f"{message}; mend the model, or merge it as it is with --allow-nan")
-                error.recipe = job.recipe
-                raise error
-            is_any = True
-            if message not in warnings:
-                warnings.append(message)
-        return is_any
-
 
 def _reads_remote(pieces: Sequence[Piece]) -> bool:
     return any(is_remote(read.file) for piece in pieces for read in piece.reads)
-
-
-def _check_reachable(host: str, uri: str) -> None:
-    try:
-        is_there = exists(uri)
-    except CheckpointError as error:
-        raise ClusterError(f"node {host} does not reach {uri}: {error}") from error
-    if not is_there:
-        raise ClusterError(
-            f"node {host} does not see {uri}; check the endpoint and the credentials of that node's environment"
-        )
-
-
-def _check_writable(host: str, folder: str) -> None:
-    """Write a small object: a node may be allowed to read a bucket and not to write it."""
-    uri = f"{folder}/node-{host}"
-    try:
-        with_retries(
-            lambda: store_of(uri).write(uri, [host.encode()], blocks_in_flight=1), f"write {uri}", OutputError
-        )
-    except OutputError as error:
-        raise ClusterError(f"node {host} cannot write under {folder}: {error}") from error
