@@ -179,7 +179,10 @@ def test_objects(place: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        ("nonsense://bucket/x", r"no client for nonsense:// can be made \(Protocol not known: nonsense\); docs"),
+        (
+            "nonsense://bucket/x",
+            r"no client for nonsense:// can be made \(Protocol not known: nonsense\); docs",
+        ),
         ("gdrive://x/y", r"no client for gdrive:// can be made \(.*[Pp]lease install"),
         ("hdfs://nowhere:9000/x", r"it needs libhdfs and a Java on every node"),
         ("abfs://container/x", "write abfs://CONTAINER@ACCOUNT"),
