@@ -313,8 +313,8 @@ class GridRun:
         if num_lost:
             name = self.folder.keep_aside()
             self.remark(
-                f"note: {num_lost:,} results of the earlier run belong to no point of the file as it is now; they are "
-                f"kept in {name}"
+                f"note: {num_lost:,} results of the earlier run belong to no point of the file and its inputs as they "
+                f"are now; they are kept in {name}"
             )
         self.num_resumed = len(kept)
         self.writer.replace(kept)
