@@ -38,7 +38,7 @@ from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder,
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.totals import Totals
 from raymerge.cluster.trace import Trace
-from raymerge.cluster.worker_group import Done, InProcessGroup, WorkerGroup
+from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import NotFiniteError, RaymergeError, RecipeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.uris import is_remote
@@ -250,7 +250,7 @@ class _Run:
             self._write_metadata(wave)
             group.start(self._context(wave, placement))
             show = self.folder.watched(progress.show if self.show_progress else _silent)
-            on_done = self.trace.add if self.trace else _untraced
+            on_done = self.trace.add if self.trace else _silent
             controller = Controller(
                 plan, group, journal, show, on_done=on_done, may_drop=self.failures.may_drop
             )
@@ -393,9 +393,5 @@ class _Run:
             self.folder.finish(plan.recipe.name, plan.layout)
 
 
-def _silent(progress: object) -> None:
-    del progress
-
-
-def _untraced(done: Done) -> None:
-    del done
+def _silent(told: object) -> None:
+    del told
