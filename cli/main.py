@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -30,6 +33,10 @@ _COMMANDS = {
 }
 
 
+#: A command that is interrupted has so long to put things in order.
+SECONDS_TO_END = 20.0
+
+
 class _LazyGroup(click.Group):
     """Imports a command's module when the command is asked for, and maps our errors to exits."""
 
@@ -44,37 +51,61 @@ class _LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        was_terminated = _terminate_as_interrupt()
-        try:
-            return super().invoke(ctx)
-        except (SystemExit, KeyboardInterrupt):
-            if was_terminated():
-                raise SystemExit(128 + signal.SIGTERM) from None
-            raise
-        except RaymergeError as error:
-            if ctx.params.get("debug"):
+        with _interruptible() as came:
+            try:
+                return super().invoke(ctx)
+            except (SystemExit, KeyboardInterrupt):
+                if signal.SIGTERM in came:
+                    raise SystemExit(128 + signal.SIGTERM) from None
                 raise
-            raise click.ClickException(str(error)) from error
+            except RaymergeError as error:
+                if ctx.params.get("debug"):
+                    raise
+                raise click.ClickException(str(error)) from error
 
 
-def _terminate_as_interrupt() -> Callable[[], bool]:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
     """Let SIGTERM (of `ray job stop`, a batch system, Kubernetes) end a command as Ctrl-C does.
 
-    What can go on later is kept then.
+    What can go on later is kept then. What does not come to its end in time, an upload to a store that does not
+    answer, is given up as it would be by SIGKILL.
 
-    Returns:
-        whether that happened.
+    Yields:
+        the signals that came.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
     came: list[int] = []
+    over = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
-        if not came:  # a second one comes while the first is being obeyed
-            came.append(number)
-            raise KeyboardInterrupt
+        if came and number == signal.SIGTERM:  # a second one comes while the first is being obeyed
+            return
+        came.append(number)
+        over.set()
+        raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
-    return lambda: bool(came)
+    def watch() -> None:
+        over.wait()
+        if came:  # until the process has ended: Python itself waits for threads when all is done
+            time.sleep(SECONDS_TO_END)
+            sys.stderr.write(f"\nended in the middle: something did not stop in {SECONDS_TO_END:g} s\n")
+            sys.stderr.flush()
+            os._exit(128 + came[0])
+
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored: in the background
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    # Started now: a signal may come while this thread holds what starting one needs.
+    threading.Thread(target=watch, name="interruption", daemon=True).start()
+    try:
+        yield came
+    finally:
+        over.set()
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @click.command(

@@ -615,6 +615,42 @@ def test_killed_driver_is_resumed(
     assert os.listdir(tmp_path) == ["out"]
 
 
+_HANGING_DRIVER = """
+import sys, time
+import raymerge.cli.main
+from raymerge.merge_actors.worker import MergeWorker
+def hang(self, task, states):
+    print("HANGS", flush=True)
+    time.sleep(1000)
+MergeWorker.merge = hang
+raymerge.cli.main.SECONDS_TO_END = 0.5
+raymerge.cli.main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_driver_ends_whatever_hangs(
+    tmp_path: Path, many_tasks: tuple[Path, Path], kind: signal.Signals
+) -> None:
+    """A thread waits for a store or a disk that does not answer; the driver waits for its threads, but not for ever."""
+    arguments = ["merge", str(many_tasks[0]), str(tmp_path / "out"), "--in-process", "--workers", "1"]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", _HANGING_DRIVER, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert driver.stdout is not None and driver.stdout.readline() == "HANGS\n"
+    driver.send_signal(kind)
+    _, stderr = driver.communicate(timeout=200)
+    assert driver.returncode == 128 + kind
+    assert "ended in the middle: something did not stop in 0.5 s" in stderr
+    assert not (tmp_path / "out").exists()
+    run(str(many_tasks[0]), tmp_path / "out", resume=True)
+    assert weights_digest(tmp_path / "out") == weights_digest(many_tasks[1])
+
+
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Let the driver be interrupted once so many tasks are in the journal."""
     add = Journal.add
