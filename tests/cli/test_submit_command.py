@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,6 +100,7 @@ def job_server():
         except subprocess.TimeoutExpired:  # a slow machine: it stops its processes one after another
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _raymerge(environment, *words, **options):
