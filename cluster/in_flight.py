@@ -1,7 +1,7 @@
 """Which worker has which task since when, and which task is worth giving to a second worker.
 
 When there is nothing left to hand out, or all waits for one answer, a task of a slow worker is given to an idle one
-as well. The first result counts; both write the same bytes to the same place.
+as well, and if that hangs too to the next. The first result counts; both write the same bytes to the same place.
 """
 
 from __future__ import annotations
@@ -57,20 +57,24 @@ class InFlight:
         return {worker for holders in self._began.values() for worker in holders}
 
     def overdue(self, worker: int) -> int | None:
-        """Return the task that has been with one other worker for longest, if that is too long."""
+        """Return the task that other workers have had for longest, if that is too long.
+
+        Those who have it may all hang (of a node that is lost, or stopped), so a third may take it as well; each more
+        waits twice as long as the one before, from when the last of them began.
+        """
         now = self._clock()
-        alone = {
-            number: next(iter(holders.values()))
+        elsewhere = {
+            number: (max(holders.values()), 2.0 ** (len(holders) - 1))
             for number, holders in self._began.items()
-            if number not in self._done and len(holders) == 1 and worker not in holders
+            if number not in self._done and worker not in holders
         }
-        if not alone:
+        if not elsewhere:
             return None
         usual = statistics.median(self._durations) if self._durations else None
         limit = UNKNOWN_SECONDS if usual is None else max(LEAST_SECONDS, _TIMES_AS_LONG * usual)
         overdue = [
             number
-            for number, since in alone.items()
-            if now - since > limit * (1.0 if usual is None else self._patience[number])
+            for number, (since, times) in elsewhere.items()
+            if now - since > limit * times * (1.0 if usual is None else self._patience[number])
         ]
-        return min(overdue, key=lambda each: (alone[each], each), default=None)
+        return min(overdue, key=lambda each: (elsewhere[each][0], each), default=None)

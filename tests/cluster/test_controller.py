@@ -466,6 +466,22 @@ def test_tasks_of_a_slow_worker_are_given_to_an_idle_one_and_the_first_result_co
     assert group.abandoned == [1]
 
 
+def test_a_task_whose_second_worker_hangs_too_is_given_to_a_third(tmp_path: Path) -> None:
+    class Hanging(SlowGroup):
+        def submit(self, worker: int, instruction: Instruction, states: Mapping[int, TensorState]) -> None:
+            if worker == 2 and any(entry[0] == 1 and entry[1] == instruction for entry in self.in_flight):
+                self.slow.add(2)
+            super().submit(worker, instruction, states)
+
+    group = Hanging(3, slow={1}, pick=lambda count: 0)
+    journal = journal_of(tmp_path)
+    in_flight = InFlight(clock=lambda: group.seconds)
+    Controller(linear_plan(tmp_path, 9), group, journal, in_flight=in_flight).run()
+    assert sorted(journal.done) == list(range(9))
+    assert group.slow == {1, 2} and sorted(group.abandoned) == [1, 2]
+    assert group.seconds < 4 * LEAST_SECONDS
+
+
 def test_nothing_is_speculated_while_there_is_other_work_or_time(tmp_path: Path) -> None:
     group = ScriptedGroup(3, done_at_once)
     clock = iter(range(1000))
