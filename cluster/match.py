@@ -23,17 +23,16 @@ from raymerge.cluster.match_rules import (
 from raymerge.cluster.matched import LoadedModel, MergedTensor, Operand, Statistic
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.places import Place, places_by_slice
+from raymerge.cluster.plain_tensors import PlainTensors
 from raymerge.cluster.recipe import LayerSlice, Measurement, Module, Recipe, SourceUse
 from raymerge.cluster.settings import resolve
 from raymerge.cluster.vocabulary import Vocabulary
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS
-from raymerge.merge_actors.methods.interface import Method, Settings, Value
+from raymerge.merge_actors.methods.interface import Method, Settings
 from raymerge.merge_actors.methods.regmean import check_rows
 from raymerge.stats.statistics_file import Statistics
-
-_COPY = Settings(models=({},))
 
 #: What a tensor is as an input, by model, what was measured of it, and name; None if the model lacks it.
 KnownOperands = dict[tuple[str, Measurement | None], dict[str, Operand | None]]
@@ -91,8 +90,7 @@ class _Matcher:
         self._notes: dict[str, list[str]] = {}
         self._names: list[str] = []
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
-        self._averages: dict[tuple[Value, ...], Settings] = {}
-        self._thinned: dict[str, Settings] = {}
+        self._plain = PlainTensors(recipe, models)
 
     def match_slice(self, module: Module, layers: LayerSlice, places: Sequence[Place]) -> list[MergedTensor]:
         """Match the tensors of one slice of layers; those that are left out are noted."""
@@ -171,7 +169,7 @@ class _Matcher:
         merged = operands[1:] if layers.base else operands
         if heads.policy == "keep":
             own = next((each for each in merged if each is not None and each.model == heads.donor), None)
-            return None if own is None else self._copy(place.name, own, f"head of {heads.donor}")
+            return None if own is None else self._copied(place.name, own, f"head of {heads.donor}")
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
         weights = [float(model.get("weight") or 0) if "weight" in model else 1.0 for model in settings.models]
         having = [(operand, weights[i]) for i in order if (operand := merged[i]) is not None]
@@ -193,7 +191,7 @@ class _Matcher:
         has_labels = any(heads.has_label_rows(each.model, each.info) for each in found)
         note = "head rows matched by label, averaged" if has_labels else "inner layer of a head, averaged"
         self._note(note, place.name)
-        return self._average(place.name, found, note, [weight for _, weight in having])
+        return self._plain.average(place.name, found, note, [weight for _, weight in having])
 
     def _match_tensor(
         self,
@@ -207,11 +205,11 @@ class _Matcher:
         present = [operand for operand in operands if operand is not None]
         donor = present[0]
         if not is_float(donor.info.dtype):
-            return self._copy(
+            return self._copied(
                 place.name, donor, "not a float tensor: copied from the base or the first model"
             )
         if len(present) == 1 and len(operands) == 1 and not layers.sources:
-            return self._copy(place.name, donor, "")
+            return self._copied(place.name, donor, "")
         if len(present) < len(operands):
             return self._match_incomplete(layers, place, operands, present)
         shape = common_shape(place.name, present, self.models)
@@ -229,7 +227,7 @@ class _Matcher:
         return MergedTensor(
             name=place.name,
             shape=shape,
-            dtype=self._dtype(donor),
+            dtype=self._plain.dtype(donor),
             method=self.method.name,
             settings=settings,
             base=base,
@@ -256,7 +254,7 @@ class _Matcher:
         if not (excluded or is_expected):
             note = f"averaged, no {kind} statistics for it"
             self._note(note, place.name)
-            return self._mean(place.name, base, models, note, settings, streams)
+            return self._plain.mean(place.name, base, models, note, settings, streams)
         why = "excluded" if excluded else f"no {kind} statistics"
         coverage: Literal["", "excluded", "fallback"] = "excluded" if excluded else "fallback"
         coverage = coverage if is_expected else ""
@@ -270,10 +268,10 @@ class _Matcher:
         if policy in ("mean", "error"):
             note = f"{why}: averaged"
             self._note(note, place.name)
-            found = self._mean(place.name, base, models, note, settings, streams)
+            found = self._plain.mean(place.name, base, models, note, settings, streams)
             return dataclasses.replace(found, coverage=coverage)
         chosen = self._fallback_operand(place.name, present)
-        copied = self._copy(place.name, chosen, f"{why}: taken from {chosen.model}")
+        copied = self._copied(place.name, chosen, f"{why}: taken from {chosen.model}")
         return dataclasses.replace(copied, coverage=coverage)
 
     def _is_expected(self, use: SourceUse, name: str) -> bool:
@@ -339,75 +337,20 @@ class _Matcher:
             if layers.base is None or operands[0] is None:
                 self._note("left out, the base does not have it", place.name)
                 return None
-            return self._copy(place.name, operands[0], "copied from the base, not all models have it")
+            return self._copied(place.name, operands[0], "copied from the base, not all models have it")
         having = [operand for operand in (operands[1:] if layers.base else operands) if operand is not None]
         if not having:
-            return self._copy(place.name, present[0], "copied from the base, no other model has it")
+            return self._copied(place.name, present[0], "copied from the base, no other model has it")
         if len(having) == 1:
-            return self._copy(place.name, having[0], "copied from the one model that has it")
+            return self._copied(place.name, having[0], "copied from the one model that has it")
         note = "averaged over the models that have it"
         self._note(note, place.name)
-        return self._average(place.name, having, note, [1.0] * len(having))
+        return self._plain.average(place.name, having, note, [1.0] * len(having))
 
-    def _mean(
-        self,
-        name: str,
-        base: Operand | None,
-        models: Sequence[Operand],
-        note: str,
-        settings: Settings,
-        streams: Sequence[str],
-    ) -> MergedTensor:
-        """Average a tensor with the weights of a method by statistics, and with its sparsifying steps."""
-        averaged = self._average(name, models, note, [model["weight"] for model in settings.models])
-        if base is None or not any(model.get("sparsify") for model in settings.models):
-            return averaged
-        kept = tuple(
-            {key: model[key] for key in ("weight", "sparsify") if key in model} for model in settings.models
-        )
-        thinned = self._thinned.setdefault(repr(kept), Settings(shared={"normalize": True}, models=kept))
-        return dataclasses.replace(averaged, settings=thinned, base=base, stream_names=tuple(streams))
-
-    def _average(
-        self, name: str, operands: Sequence[Operand], note: str, weights: Sequence[Value]
-    ) -> MergedTensor:
-        operands = [dataclasses.replace(operand, statistic=None) for operand in operands]
-        return MergedTensor(
-            name=name,
-            shape=common_shape(name, operands, self.models),
-            dtype=self._dtype(operands[0]),
-            method="linear",
-            settings=self._averages.setdefault(
-                tuple(weights),
-                Settings(shared={"normalize": True}, models=tuple({"weight": weight} for weight in weights)),
-            ),
-            base=None,
-            models=tuple(operands),
-            stream_names=tuple(operand.model for operand in operands),
-            note=note,
-        )
-
-    def _copy(self, name: str, operand: Operand, note: str) -> MergedTensor:
+    def _copied(self, name: str, operand: Operand, note: str) -> MergedTensor:
         if note:
             self._note(note, name)
-        if operand.statistic is not None:
-            operand = dataclasses.replace(operand, statistic=None)
-        needs_maths = operand.low_rank is not None or operand.row_runs is not None
-        scale: dict[str, None] = {"scale": None}
-        return MergedTensor(
-            name=name,
-            shape=output_shape(operand),
-            dtype=self._dtype(operand) if is_float(operand.info.dtype) else operand.info.dtype,
-            method="passthrough" if needs_maths or is_float(operand.info.dtype) else "copy",
-            settings=Settings(models=(scale,)) if is_float(operand.info.dtype) else _COPY,
-            base=None,
-            models=(operand,),
-            stream_names=(operand.model,),
-            note=note,
-        )
-
-    def _dtype(self, operand: Operand) -> str:
-        return self.recipe.out_dtype or self.recipe.dtype or operand.info.dtype
+        return self._plain.copy(name, operand, note)
 
     def _note(self, note: str, name: str) -> None:
         self._notes.setdefault(note, []).append(name)
