@@ -616,11 +616,11 @@ def test_killed_driver_is_resumed(
 
 
 _HANGING_DRIVER = """
-import sys, time
+import os, sys, time
 import raymerge.cli.main
 from raymerge.merge_actors.worker import MergeWorker
 def hang(self, task, states):
-    print("HANGS", flush=True)
+    os.write(1, b"HANGS\\n")  # at once: several threads come here
     time.sleep(1000)
 MergeWorker.merge = hang
 raymerge.cli.main.SECONDS_TO_END = 0.5
@@ -634,16 +634,19 @@ def test_an_interrupted_driver_ends_whatever_hangs(
 ) -> None:
     """A thread waits for a store or a disk that does not answer; the driver waits for its threads, but not for ever."""
     arguments = ["merge", str(many_tasks[0]), str(tmp_path / "out"), "--in-process", "--workers", "1"]
-    driver = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", _HANGING_DRIVER, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert driver.stdout is not None and driver.stdout.readline() == "HANGS\n"
-    driver.send_signal(kind)
-    _, stderr = driver.communicate(timeout=200)
+    ) as driver:
+        try:
+            assert driver.stdout is not None and driver.stdout.readline() == "HANGS\n"
+            driver.send_signal(kind)
+            _, stderr = driver.communicate(timeout=200)
+        finally:
+            driver.kill()
     assert driver.returncode == 128 + kind
     assert "ended in the middle: something did not stop in 0.5 s" in stderr
     assert not (tmp_path / "out").exists()
