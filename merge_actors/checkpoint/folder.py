@@ -27,9 +27,11 @@ from raymerge.merge_actors.storage.uris import absolute, is_remote
 if TYPE_CHECKING:
     from raymerge.merge_actors.checkpoint.adapter import LowRank
 
-#: Of each data file so many pieces of so many bytes enter the fingerprint, evenly spread.
-_NUM_SAMPLES = 8
+#: Of a model at least so many pieces of so many bytes enter the fingerprint, evenly spread over each file ...
+_NUM_SAMPLES = 32
 _SAMPLE_BYTES = 4096
+#: ... but of no file more than this, and of every file one: in a store each is a request.
+_MOST_SAMPLES_A_FILE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +190,9 @@ def fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
     which statistics measured elsewhere belong.
     """
     digest = xxhash.xxh3_128()
-    for path, (num_bytes, samples) in zip(paths, map_concurrently(_samples, paths, paths), strict=True):
+    count = min(_MOST_SAMPLES_A_FILE, max(1, -(-_NUM_SAMPLES // max(1, len(paths)))))
+    sampled = map_concurrently(lambda path: _samples(path, count), paths, paths)
+    for path, (num_bytes, samples) in zip(paths, sampled, strict=True):
         digest.update(repr((os.path.basename(path), num_bytes)).encode())
         for sample in samples:
             digest.update(sample)
@@ -205,9 +209,9 @@ def fingerprint(tensors: Iterable[TensorInfo], paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _samples(path: str) -> tuple[int, list[bytes]]:
-    """Return the length of a file and the pieces of it that enter the fingerprint."""
+def _samples(path: str, count: int) -> tuple[int, list[bytes]]:
+    """Return the length of a file and so many pieces of it, which enter the fingerprint."""
     with reading(path) as reader:
         num_bytes = reader.num_bytes
-        places = [num_bytes * part // (2 * _NUM_SAMPLES) for part in range(1, 2 * _NUM_SAMPLES, 2)]
+        places = [num_bytes * part // (2 * count) for part in range(1, 2 * count, 2)]
         return num_bytes, [reader.read(at, _SAMPLE_BYTES) for at in places]

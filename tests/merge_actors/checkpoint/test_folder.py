@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from raymerge.merge_actors.checkpoint import folder
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.errors import CheckpointError
 
@@ -280,3 +281,26 @@ def test_what_transformers_saves_is_opened(
     assert checkpoint.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert read_bytes(checkpoint, name) == as_bytes(tensor)
+
+
+@pytest.mark.parametrize(("num_files", "a_file"), [(1, 8), (4, 8), (8, 4), (40, 1)])
+def test_every_file_enters_the_fingerprint_and_many_by_one_sample_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int, a_file: int
+) -> None:
+    names = [f"model-{number:05}-of-{num_files:05}.safetensors" for number in range(1, num_files + 1)]
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.zeros(4096)}, tmp_path / name)
+    counts = []
+    real = folder._samples
+
+    def counted(path: str, count: int) -> tuple[int, list[bytes]]:
+        counts.append(count)
+        return real(path, count)
+
+    monkeypatch.setattr(folder, "_samples", counted)
+    before = open_checkpoint(tmp_path).fingerprint
+    assert counts == [a_file] * num_files
+    changed = torch.zeros(4096)
+    changed[1024:3072] = 1
+    save_file({f"t{num_files - 1}": changed}, tmp_path / names[-1])
+    assert open_checkpoint(tmp_path).fingerprint != before
