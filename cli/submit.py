@@ -10,12 +10,17 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from raymerge.cli.main import main, print_json
 from raymerge.merge_actors.errors import RecipeError
+
+if TYPE_CHECKING:
+    from raymerge.cluster.job_bundle import JobBundle
+    from raymerge.cluster.jobs import Jobs
 
 #: Commands that work on a cluster; the others look at files or at jobs.
 _NOT_AS_A_JOB = {"submit", "jobs", "status", "report"}
@@ -84,23 +89,8 @@ def submit_command(
     if earlier is not None and (earlier.state == "SUCCEEDED" or not earlier.is_ended):
         click.echo(f"job {identity} was submitted before and is {earlier.state}; following it", err=True)
     else:
-        # exec: the cluster signals the process it started; a shell in between would die alone and leave ours running.
-        entry = "exec raymerge" if installed else "exec python -m raymerge"
-        with tempfile.TemporaryDirectory(prefix="raymerge-job-") as folder:
-            bundle.write(folder, with_package=not installed)
-            is_ours = jobs.submit(
-                identity,
-                f"{entry} {shlex.join(words)}",
-                folder,
-                environment=variables,
-                metadata={
-                    "user": _user(),
-                    "raymerge": importlib.metadata.version("raymerge"),
-                    "command": words[0],
-                },
-                pip=_dependencies() if install_dependencies else None,
-            )
-        if not is_ours:
+        pip = _dependencies() if install_dependencies else None
+        if not _send(jobs, identity, bundle, variables, installed=installed, pip=pip):
             click.echo(f"job {identity} was submitted by somebody else just now; following it", err=True)
     if as_json and no_wait:
         print_json({"job": identity, "address": jobs.address, "command": words})
@@ -109,6 +99,35 @@ def submit_command(
     else:
         click.echo(f"job {identity} at {jobs.address}", err=True)
         follow(jobs.address, identity)
+
+
+def _send(
+    jobs: Jobs,
+    identity: str,
+    bundle: JobBundle,
+    variables: dict[str, str],
+    *,
+    installed: bool,
+    pip: list[str] | None,
+) -> bool:
+    """Send a job with its files; return whether it is ours, and not somebody else's of just now."""
+    # exec: the cluster signals the process it started; a shell in between would die alone and leave ours running.
+    entry = "exec raymerge" if installed else "exec python -m raymerge"
+    metadata = {
+        "user": _user(),
+        "raymerge": importlib.metadata.version("raymerge"),
+        "command": bundle.command[0],
+    }
+    with tempfile.TemporaryDirectory(prefix="raymerge-job-") as folder:
+        bundle.write(folder, with_package=not installed)
+        return jobs.submit(
+            identity,
+            f"{entry} {shlex.join(bundle.command)}",
+            folder,
+            environment=variables,
+            metadata=metadata,
+            pip=pip,
+        )
 
 
 def follow(address: str | None, identity: str) -> None:

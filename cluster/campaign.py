@@ -164,45 +164,34 @@ def plan_wave(
     """
     opened = opened or OpenedInputs()
     models, hub_models = opened.open_models(recipes, results, allow_pickle=options.allow_pickle)
+    trust_code = options.trust_remote_code
     statistics = find_statistics(
-        recipes,
-        models,
-        opened,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
+        recipes, models, opened, allow_pickle=options.allow_pickle, trust_remote_code=trust_code
     )
-    plans, vocabularies, all_heads, remarks = [], [], [], []
+    plans, vocabularies, all_heads = [], [], []
+    remarks: list[str] = []
     limit = parse_size(options.out_shard_size)
     known: KnownOperands = {}
     layouts: dict[tuple[Any, ...], Layout] = {}
     waiting = {each.name for each in recipes if _measurements(each) & {key for key, _ in statistics.missing}}
     for recipe in recipes:
-        vocabulary = plan_vocabulary(recipe, models)
-        heads = plan_heads(recipe, models)
+        vocabulary, heads = plan_vocabulary(recipe, models), plan_heads(recipe, models)
         found: Mapping[Measurement, Statistics] = statistics.found
         if is_sequential(recipe):
-            check_candidates(recipe, models, vocabulary)
-            if options.trust_remote_code:
-                folders_with_code = dict.fromkeys(
-                    models[use.model.key].checkpoint.folder for use in candidates_of(recipe)
-                )
-                remarks += [line for folder in folders_with_code if (line := code_remark(folder))]
-            found = expected_statistics(recipe, models, trust_code=options.trust_remote_code)
+            found, on_code = _to_be_measured(recipe, models, vocabulary, options)
+            remarks += on_code
         tensors, said = match(recipe, models, vocabulary, found, heads, known if vocabulary is None else None)
         if recipe.name in waiting:
             said = ["note: planned as averages until its models are measured"]
         said += vocabulary.remarks if vocabulary else ()
         said += label_remarks(recipe, models, strict=strict)
         remarks += [of_recipe(recipe.name, line) for line in said]
-        layout = _layout_of(tensors, limit, layouts)
-        plans.append(
-            RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folders[recipe.name])
-        )
+        layout, folder = _layout_of(tensors, limit, layouts), folders[recipe.name]
+        plans.append(RecipePlan(recipe=recipe, tensors=tuple(tensors), layout=layout, folder=folder))
         vocabularies.append(vocabulary)
         all_heads.append(heads)
-    plan = make_plan(plans, slice_bytes=options.slice_mib << 20)
     return PlannedWave(
-        plan,
+        make_plan(plans, slice_bytes=options.slice_mib << 20),
         models,
         tuple(vocabularies),
         tuple(remarks),
@@ -211,6 +200,18 @@ def plan_wave(
         missing=tuple(statistics.missing.values()),
         heads=tuple(all_heads),
     )
+
+
+def _to_be_measured(
+    recipe: Recipe, models: Mapping[str, LoadedModel], vocabulary: Vocabulary | None, options: MergeOptions
+) -> tuple[Mapping[Measurement, Statistics], list[str]]:
+    """Return what a sequential method will measure, and what code of their own its candidates will run."""
+    check_candidates(recipe, models, vocabulary)
+    remarks = []
+    if options.trust_remote_code:
+        folders = dict.fromkeys(models[use.model.key].checkpoint.folder for use in candidates_of(recipe))
+        remarks = [line for folder in folders if (line := code_remark(folder))]
+    return expected_statistics(recipe, models, trust_code=options.trust_remote_code), remarks
 
 
 def _layout_of(

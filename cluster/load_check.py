@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,8 +62,7 @@ def check_load(
     """
     if config is None:
         return LoadCheck(how="skipped", remarks=("it has no config.json, so transformers cannot load it",))
-    import transformers
-
+    how: Literal["loaded", "compared"]
     with _quiet():
         runs_code = model_needs_code(config)
         if runs_code and not trust_code:
@@ -77,18 +76,13 @@ def check_load(
         if trust_code and (line := code_remark(folder)):
             remarks.insert(0, line)
         architecture = next(iter(config.get("architectures") or []), None)
-        if runs_code:
-            model_class = _ask(folder, "code", lambda: model_class_of(config, folder, runs_code=True))
-        else:
-            model_class = getattr(transformers, architecture or "", None)
+        model_class = _model_class(folder, config, architecture, runs_code=runs_code)
         if model_class is None:
             remarks.append(
                 f"its config names the architecture {architecture!r}, which transformers does not have"
             )
-            return LoadCheck(
-                how="skipped", architecture=architecture, num_tokens=num_tokens, remarks=tuple(remarks)
-            )
-        how: Literal["loaded", "compared"]
+            said = tuple(remarks)
+            return LoadCheck(how="skipped", architecture=architecture, num_tokens=num_tokens, remarks=said)
         if sum(info.num_bytes for info in tensors.values()) <= _MEMORY_FRACTION * _available_bytes():
             how, (missing, unexpected) = "loaded", _load(folder, model_class)
         else:
@@ -97,11 +91,7 @@ def check_load(
                 "it is larger than half of the free memory, so its tensors were compared with the class's"
             )
     if len(unexpected) == len(tensors):
-        raise VerifyError(
-            f"no tensor of {folder} is a parameter of {architecture}, such as {unexpected[0]}; the class "
-            f"wants {missing[0] if missing else 'nothing'}: the architecture in config.json is not that "
-            "of the weights"
-        )
+        raise _nothing_fits(folder, architecture, missing, unexpected)
     return LoadCheck(
         how=how,
         architecture=architecture,
@@ -110,6 +100,25 @@ def check_load(
         num_tokens=num_tokens,
         remarks=tuple(remarks),
     )
+
+
+def _nothing_fits(
+    folder: str, architecture: str | None, missing: Sequence[str], unexpected: Sequence[str]
+) -> VerifyError:
+    return VerifyError(
+        f"no tensor of {folder} is a parameter of {architecture}, such as {unexpected[0]}; the class "
+        f"wants {missing[0] if missing else 'nothing'}: the architecture in config.json is not that "
+        "of the weights"
+    )
+
+
+def _model_class(folder: str, config: Mapping[str, Any], architecture: str | None, *, runs_code: bool) -> Any:
+    """Return the class of the output's model; None if transformers has none of that name."""
+    import transformers
+
+    if runs_code:
+        return _ask(folder, "code", lambda: model_class_of(config, folder, runs_code=True))
+    return getattr(transformers, architecture or "", None)
 
 
 def _load(folder: str, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -99,17 +99,7 @@ class RemoteRunFolder:
         return check
 
     def check_free(self, *, overwrite: bool, resume: bool, names: Sequence[str], is_campaign: bool) -> None:
-        """Refuse an OUT that exists, and an unfinished run that nobody said what to do with.
-
-        Args:
-            overwrite: replace what raymerge wrote.
-            resume: go on with an unfinished run.
-            names: of the recipes.
-            is_campaign: has each a folder of its own name in OUT?
-
-        Raises:
-            OutputError: with the way out.
-        """
+        """Refuse as `RunFolder.check_free` does."""
         assert is_campaign == self._is_campaign
         self._begun |= self._begun_earlier()
         for folder in {self.output(name) for name in names} - self._begun:

@@ -91,7 +91,18 @@ def collect_statistics(
         uri = collect_into_store(place, collect, resume=options.resume, overwrite=options.overwrite)
         return _at(uri, results, seconds=time.monotonic() - started)
     ref = parse_model(model) if isinstance(model, str) else model
-    folder = RunFolder(place)
+    return _collect_here(ref, RunFolder(place), options, on_remark, on_progress)
+
+
+def _collect_here(
+    ref: ModelRef,
+    folder: RunFolder,
+    options: StatisticsOptions,
+    on_remark: Callable[[str], None],
+    on_progress: Callable[[StatisticsProgress], None],
+) -> StatisticsResult:
+    """Measure a model and write its statistics to a local folder."""
+    started = time.monotonic()
     checkpoint = open_model(**place_of(ref), allow_pickle=options.allow_pickle)
     refuse_inputs_in_output(folder.out, [part.path for part in (ref, ref.adapter) if part is not None])
     if options.trust_remote_code and (line := code_remark(checkpoint.folder)):

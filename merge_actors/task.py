@@ -240,9 +240,7 @@ class SolveTask:
         grams = sum(2 * gram.in_features * (gram.in_features + 1) for gram in self.grams)
         distinct = {job.all_reads: job.num_elements for job in self.jobs}
         weights = sum(
-            num_elements * element_bytes(read.dtype)
-            for reads, num_elements in distinct.items()
-            for read in reads
+            count * element_bytes(read.dtype) for reads, count in distinct.items() for read in reads
         )
         return grams * (2 if len(self.sets) == 1 else 1) + weights
 

@@ -186,8 +186,7 @@ def merge_tensors(
     import torch
 
     names = model_names or [str(i) for i in range(len(models))]
-    shape = tuple(models[0].shape)
-    total = models[0].numel()
+    shape, total = tuple(models[0].shape), models[0].numel()
     pool = Pool(models[0].device)
     unit = unit_elements(shape, split_of(method, settings, sparsifiers))
     step = unit * slice_units if slice_units else max(1, total)
@@ -211,10 +210,6 @@ def merge_tensors(
     state = prepare_slices(slices)
     parts = [merged.clone() for piece in slices for _, merged in piece.merged_blocks(state)]
     if not parts:
-        is_double = any(
-            tensor.dtype == torch.float64 for tensor in (*models, *([] if base is None else [base]))
-        )
-        return torch.empty(
-            shape, dtype=torch.float64 if is_double else torch.float32, device=models[0].device
-        )
+        is_double = torch.float64 in {tensor.dtype for tensor in (*models, base) if tensor is not None}
+        return models[0].new_empty(shape, dtype=torch.float64 if is_double else torch.float32)
     return torch.cat(parts).view(shape)
