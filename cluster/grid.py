@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from raymerge.cluster.grid_export import describe, export
-from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, GridFolder, run_description
+from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, run_description
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.grid_plan import GridPlan, plan_grid, trusting
 from raymerge.cluster.grid_points import Point, label_of
 from raymerge.cluster.grid_progress import GridProgress
 from raymerge.cluster.grid_spec import GridSource, GridSpec, read_grid
+from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.results import ResultsWriter, metric_columns, read_results, read_rows
 from raymerge.cluster.select import Ranked, rank
 from raymerge.merge_actors.errors import RaymergeError
@@ -133,7 +134,7 @@ class GridRun:
         kind: str,
     ) -> None:
         self.spec, self.options, self.kind = spec, options, kind
-        self.folder = GridFolder(out)
+        self.folder = open_grid_folder(out)
         self.remarks: dict[str, None] = {}
         self._on_remark, self.show_progress = on_remark, show_progress
         self._open_runner = open_runner
@@ -179,7 +180,7 @@ class GridRun:
             finally:
                 self.writer.close()
         return GridResult(
-            out=self.folder.path,
+            out=self.folder.out,
             num_points=self.num_points,
             num_run=self.progress.num_run,
             num_resumed=self.num_resumed,
@@ -280,6 +281,7 @@ class GridRun:
 
     def add(self, point: Point, row: dict[str, Any]) -> None:
         """Write the row of a point that was run just now."""
+        self.folder.check()
         self.writer.append(self.row_of(point, row, row.get("same_as")))
         self.progress.add(row)
 

@@ -14,6 +14,7 @@ from raymerge.cluster.grid_plan import GridPlan, plan_grid, trusting
 from raymerge.cluster.grid_progress import duration
 from raymerge.cluster.grid_spec import GridSource, read_grid
 from raymerge.cluster.progress import gib
+from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.results import read_rows
 from raymerge.merge_actors.errors import OutputError
 from raymerge.stats.evaluation.parts import RUNTIME_BYTES
@@ -33,13 +34,13 @@ def estimate(
         RaymergeError: whatever a run would refuse before its first point.
     """
     spec = trusting(read_grid(source, seed=options.seed), options)
-    folder = GridFolder(out)
+    folder = open_grid_folder(out)
     plan = plan_grid(spec, options, strict=strict)
     num_points = min(len(spec.kept), options.limit or len(spec.kept))
     keys = {plan.point(number).key for number in range(num_points)}
     done = {row["key"]: row for row in _earlier_rows(folder)}
     left = keys - set(done)
-    seconds, basis = _seconds_per_point(plan, list(done.values()), folder.path)
+    seconds, basis = _seconds_per_point(plan, list(done.values()), folder.out)
     return {
         "num_points": num_points,
         "num_combinations": spec.num_combinations,
@@ -106,7 +107,8 @@ def _sizes(gpu_bytes: dict[str, int]) -> str:
 
 def _earlier_rows(folder: GridFolder) -> list[dict[str, Any]]:
     try:
-        rows = read_rows(folder.path, ("key", "status", "split", "seconds", "same_as"))
+        with folder.readable():
+            rows = read_rows(folder.path, ("key", "status", "split", "seconds", "same_as"))
     except OutputError:
         return []
     return [row for row in rows if row["status"] == "ok" and row["split"] == "validation"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.cluster.select import Ranked, Selection
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.storage.folders import exists
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -82,7 +82,7 @@ def export(
         for each in winners
         if not (
             earlier.get(each["name"], {}).get("key") == each["key"]
-            and os.path.exists(os.path.join(folder.file(each["name"]), MANIFEST_NAME))
+            and exists(f"{folder.output(each['name'])}/{MANIFEST_NAME}")
         )
     ]
     if wanted:
@@ -98,7 +98,7 @@ def export(
             trust_remote_code=options.trust_remote_code,
             overwrite=True,
         )
-        out = folder.file(wanted[0]["name"]) if len(wanted) == 1 else folder.path
+        out = folder.output(wanted[0]["name"]) if len(wanted) == 1 else folder.out
 
         def remark(line: str) -> None:
             if ": key " not in line:  # what the recipe's keys are worth was said when the grid was planned
@@ -108,10 +108,8 @@ def export(
         for name, reason in merged.failed.items():
             raise CheckpointError(f"{name} was not exported: {reason}")
     for each in winners:
-        path = os.path.join(folder.file(each["name"]), RECIPE_NAME)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(recipe_text(each))
-    return [folder.file(each["name"]) for each in winners]
+        folder.write_text(f"{each['name']}/{RECIPE_NAME}", recipe_text(each))
+    return [folder.output(each["name"]) for each in winners]
 
 
 def recipe_text(winner: Mapping[str, Any]) -> str:

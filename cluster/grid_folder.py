@@ -23,7 +23,6 @@ from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME
 from raymerge.cluster.select import Objective, Selection
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.files import write_error
-from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 
 RUN_NAME = "run.json"
 BEST_NAME = "best.json"
@@ -31,25 +30,22 @@ _LOCK_NAME = ".lock"
 
 
 class GridFolder:
-    """The folder of one grid or search."""
+    """The folder of one grid or search, local or on a shared file system; `RemoteGridFolder` is that of a store."""
 
-    def __init__(self, out: str | os.PathLike[str]) -> None:
-        """Name the folder; nothing is touched.
-
-        Raises:
-            OutputError: it is a URI of a store.
-        """
-        place = without_file_scheme(os.fspath(out))
-        if is_remote(place):
-            raise OutputError(
-                f"results of a grid or search go to a local or shared folder, and {place} is none; name a folder, and "
-                "copy it to the store when it is done"
-            )
-        self.path = os.path.abspath(place)
+    def __init__(self, out: str) -> None:
+        """Name the folder; nothing is touched."""
+        #: what the user named, without a slash at its end
+        self.out = out
+        #: where results, journal and JSON files are read and written
+        self.path = out
 
     def file(self, name: str) -> str:
-        """Return the path of a file in it."""
+        """Return the local path of a small file in it."""
         return os.path.join(self.path, name)
+
+    def output(self, name: str) -> str:
+        """Return the place of a checkpoint in it."""
+        return f"{self.out}/{name}"
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that holds something, unless the user said what to do with it.
@@ -65,10 +61,14 @@ class GridFolder:
         if not is_ours and set(os.listdir(self.path)) - {_LOCK_NAME}:
             raise OutputError(f"{self.path} exists and holds no results of a grid; choose another folder")
         if is_ours and not (resume or overwrite):
-            raise OutputError(
-                f"{self.path} holds results; go on with --resume, which keeps what still belongs to the file, or start "
-                "anew with --overwrite"
-            )
+            raise self.taken()
+
+    def taken(self) -> OutputError:
+        """Return the error for a folder that holds results already."""
+        return OutputError(
+            f"{self.out} holds results; go on with --resume, which keeps what still belongs to the file, or start "
+            "anew with --overwrite"
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,6 +92,27 @@ class GridFolder:
             yield
         finally:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[None]:
+        """Have the small files where `path` says for the block, without holding the folder."""
+        yield
+
+    def check(self) -> None:
+        """Make sure that results still get to where they belong; asked whenever there is one."""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text beside the weights of a checkpoint.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = self.output(name)
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(path, error) from error
 
     def clear(self) -> None:
         """Remove an earlier run's results and checkpoints; files that are not ours stay."""

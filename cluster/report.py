@@ -18,6 +18,9 @@ from raymerge.cluster.report_data import ReportData
 from raymerge.cluster.report_text import axis_rows, best_rows, cell, summary
 from raymerge.merge_actors.errors import OutputError, RecipeError
 from raymerge.merge_actors.files import write_error
+from raymerge.merge_actors.storage.folders import entries
+from raymerge.merge_actors.storage.objects import delete_objects, write_object
+from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,28 +65,42 @@ def write_report(data: ReportData, out: str) -> list[str]:
         RecipeError: matplotlib is not installed.
         OutputError: the files cannot be written.
     """
-    plots = _plots(data)
-    folder = os.path.join(out, PLOTS_FOLDER)
-    page = os.path.join(out, PAGE_NAME)
-    written, figures = [], []
+    figures, pictures = [], {}
+    for number, (title, draw) in enumerate(_plots(data).items(), 1):
+        svg, told = _svg(title, draw)
+        figures.append((title, told, svg))
+        pictures[f"{PLOTS_FOLDER}/{number:02d}-{_file_name(title)}.png"] = _png(draw)
+    out = absolute(out)
+    for entry in entries(f"{out}/{PLOTS_FOLDER}"):
+        if entry.name.endswith(".png"):  # of an earlier report
+            _remove(f"{out}/{PLOTS_FOLDER}/{entry.name}")
+    files = {**pictures, PAGE_NAME: _page(data, figures).encode()}
+    for name, content in files.items():
+        _write(f"{out}/{name}", content)
+    return [f"{out}/{name}" for name in (PAGE_NAME, *pictures)]
+
+
+def _write(path: str, content: bytes) -> None:
+    if is_remote(path):
+        write_object(path, content)
+        return
     try:
-        os.makedirs(folder, exist_ok=True)
-        for name in os.listdir(folder):
-            if name.endswith(".png"):
-                os.remove(os.path.join(folder, name))  # of an earlier report
-        for number, (title, draw) in enumerate(plots.items(), 1):
-            svg, told = _svg(title, draw)
-            figures.append((title, told, svg))
-            path = os.path.join(folder, f"{number:02d}-{_file_name(title)}.png")
-            with open(path, "wb") as file:
-                file.write(_png(draw))
-            written.append(path)
-        with open(f"{page}.new", "w", encoding="utf-8") as text:
-            text.write(_page(data, figures))
-        os.replace(f"{page}.new", page)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.new", "wb") as file:
+            file.write(content)
+        os.replace(f"{path}.new", path)
     except OSError as error:
-        raise write_error(out, error) from error
-    return [page, *written]
+        raise write_error(path, error) from error
+
+
+def _remove(path: str) -> None:
+    if is_remote(path):
+        delete_objects([path])
+        return
+    try:
+        os.remove(path)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def _plots(data: ReportData) -> Mapping[str, Callable[[Figure], str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, GridFolder, selection_of
+from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.results import read_results
 from raymerge.cluster.select import Ranked, Selection, costs_of, pareto_front, rank
 from raymerge.merge_actors.errors import OutputError
@@ -114,19 +114,19 @@ def read_report(out: str, top: int = 10) -> ReportData:
     Raises:
         OutputError: the folder holds no results, or no point has one yet.
     """
-    folder = GridFolder(out)
-    description = folder.read_json(RUN_NAME)
-    if description is None:
-        raise OutputError(
-            f"{os.path.abspath(out)} holds no results of a grid or a search: no {RUN_NAME} in it"
-        )
-    rows = _validation_rows(folder)
+    folder = open_grid_folder(out)
+    with folder.readable():
+        description = folder.read_json(RUN_NAME)
+        if description is None:
+            raise OutputError(f"{folder.out} holds no results of a grid or a search: no {RUN_NAME} in it")
+        rows = _validation_rows(folder)
+        winners = folder.read_json(BEST_NAME) or ()
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "pruned")}
     selection = selection_of(description)
     done = [row for row in rows if row["status"] == "ok"]
     if not done:
         raise OutputError(
-            f"no point in {folder.path} has a result yet: {counts['failed']} failed (the column `error` says why)"
+            f"no point in {folder.out} has a result yet: {counts['failed']} failed (the column `error` says why)"
         )
     ranked = rank(done, selection)
     axes = [_axis(name, each, done) for name, each in description["axes"].items()]
@@ -152,7 +152,7 @@ def read_report(out: str, top: int = 10) -> ReportData:
         ),
         ranked=tuple(ranked[: max(top, 1)]),
         front=tuple(pareto_front(costs)) if selection.is_pareto else (),
-        winners=tuple(folder.read_json(BEST_NAME) or ()),
+        winners=tuple(winners),
     )
 
 

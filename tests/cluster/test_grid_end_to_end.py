@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from object_store import ObjectStore
 
 from raymerge.cluster.grid import grid
+from raymerge.cluster.grid_estimate import estimate
 from raymerge.cluster.grid_options import GridOptions
 from raymerge.cluster.results import read_rows
 from raymerge.merge_actors.errors import RecipeError
@@ -151,6 +153,45 @@ def test_a_killed_driver_goes_on_and_gives_the_same_table(
     assert result.num_run + result.num_resumed == 12
     grid(raw, "whole", GridOptions(**IN_PROCESS))
     assert _table("out") == _table("whole")
+
+
+def test_a_killed_driver_leaves_results_in_a_store(
+    folder: Path, tiny_checkpoints: Callable[..., Any], object_store: ObjectStore
+) -> None:
+    """What had reached the store is kept; the lock of a dead process of this machine holds nobody up."""
+    raw = _grid(tiny_checkpoints("llama")) | {"export": {"top": 0}}
+    Path("grid.json").write_text(json.dumps(raw))
+    out = "s3://models/killed-grid"
+    code = (
+        "from raymerge.cluster import remote_grid_folder; remote_grid_folder.SYNC_SECONDS = 0.1\n"
+        f"from raymerge.cli.main import main; main(['grid', 'grid.json', '{out}', '--in-process', '--workers', '1'])"
+    )
+    command = [sys.executable, "-c", code]
+    slow = {**os.environ, "SECONDS_OF_A_SCORE": "1.0"}
+    driver = subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while sum(json.loads(line)["split"] == "validation" for line in _journal(object_store)) < 3:
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    options = GridOptions(resume=True, **IN_PROCESS)
+    num_done = estimate("grid.json", out, options)["num_done"]
+    assert 3 <= num_done < 12
+    result = grid("grid.json", out, options)
+    assert (result.num_resumed, result.num_run) == (num_done, 12 - num_done)
+    grid(raw, "whole", GridOptions(**IN_PROCESS))
+    Path("copy").mkdir()
+    Path("copy/results.parquet").write_bytes(object_store.get("killed-grid/results.parquet"))
+    assert object_store.get("killed-grid/journal.jsonl") == b""
+    assert _table("copy") == _table("whole")
+
+
+def _journal(store: ObjectStore) -> list[bytes]:
+    there = "killed-grid/journal.jsonl" in store.keys("killed-grid/")
+    return store.get("killed-grid/journal.jsonl").splitlines() if there else []
 
 
 def test_a_task_that_raises_fails_its_points_only(folder: Path, tiny_checkpoints: Callable[..., Any]) -> None:
