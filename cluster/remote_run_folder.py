@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from raymerge.cluster.journal import read_journal_header
 from raymerge.cluster.run_folder import JOURNAL_NAME, MANIFEST_NAME, RunFolder, check_own
+from raymerge.cluster.store_claim import read_claim, write_claim
 from raymerge.cluster.store_lock import TICKET_PREFIX, StoreLock
 from raymerge.cluster.totals import Totals
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
@@ -104,7 +105,7 @@ class RemoteRunFolder:
         self._begun |= self._begun_earlier()
         for folder in {self.output(name) for name in names} - self._begun:
             check_own(folder, [entry.name for entry in entries(folder)])
-        if self.has_journal(self.journal_path):
+        if self._begun or self.has_journal(self.journal_path):
             if not (resume or overwrite):
                 raise OutputError(
                     f"an unfinished run for {self.out} lies in {self.path}; go on with --resume, or start anew with "
@@ -116,23 +117,27 @@ class RemoteRunFolder:
             raise OutputError(f"{self.out} exists; choose another folder or replace it with --overwrite")
 
     def _begun_earlier(self) -> set[str]:
-        """Return the folders that an unfinished run has begun: they hold weights and no manifest yet."""
+        """Return the folders that an unfinished run has begun to replace or to fill."""
         paths = (self.journal_path + (f".{wave}" if wave else "") for wave in itertools.count())
         journals = itertools.takewhile(self.has_journal, paths)
-        return {
+        return read_claim(self.path) | {
             self.output(name) for path in journals for name in read_journal_header(path).get("outputs", ())
         }
 
     def clear(self) -> None:
-        """Remove an earlier run's journal, and what this run has written of its outputs."""
+        """Remove what an unfinished run and this one have written, and last what says that it is theirs."""
+        for folder in sorted(self._begun - set(self._prepared)):
+            if not exists(f"{folder}/{MANIFEST_NAME}"):
+                delete_folder(folder)
+        for folder in self._prepared:
+            delete_folder(folder)
+        self._prepared.clear()
+        self._begun.clear()
         for entry in entries(self.path):
             if entry.is_folder:
                 delete_folder(f"{self.path}/{entry.name}")
             elif not entry.name.startswith(TICKET_PREFIX):
                 delete_objects([f"{self.path}/{entry.name}"])
-        for folder in self._prepared:
-            delete_folder(folder)
-        self._prepared.clear()
 
     def abandon(self) -> None:
         """Leave nothing of a run that failed before it got anywhere, if the store lets us."""
@@ -152,11 +157,12 @@ class RemoteRunFolder:
     def preallocate(self, folder: str, layout: Layout) -> None:
         """Empty the folder of an output. What was there is no checkpoint any more from here on."""
         del layout
+        self._begun.add(folder)
+        write_claim(self.path, self._begun)
         delete_objects([f"{folder}/{name}" for name in reversed(_COMMITTING)])
         if entries(folder):
             delete_folder(folder)
         self._prepared.append(folder)
-        self._begun.add(folder)
 
     def finish(self, name: str, layout: Layout) -> None:
         """Upload everything but the weights, what makes it a checkpoint last.

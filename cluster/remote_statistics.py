@@ -13,6 +13,7 @@ from collections.abc import Callable
 import xxhash
 
 from raymerge.cluster.run_folder import check_own
+from raymerge.cluster.store_claim import read_claim, withdraw_claim, write_claim
 from raymerge.cluster.store_lock import StoreLock
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
 from raymerge.merge_actors.errors import OutputError
@@ -37,23 +38,23 @@ def collect_into_store(out: str, collect: Callable[[str], object], *, resume: bo
     uri = checked(out)
     parent, name = os.path.split(uri)
     local = os.path.join(cache_folder(), "statistics-runs", xxhash.xxh3_64_hexdigest(uri.encode()), name)
-    uploading = os.path.join(os.path.dirname(local), "uploading")
-    with StoreLock(f"{parent}/.{name}.raymerge", uri).held():
+    run_folder = f"{parent}/.{name}.raymerge"
+    with StoreLock(run_folder, uri).held():
         if exists(f"{uri}/{MANIFEST}") and not overwrite:
             raise OutputError(f"{uri} exists; choose another folder or replace it with --overwrite.")
-        if not os.path.exists(uploading):  # a run that was stopped there left files without a manifest
+        if uri not in read_claim(run_folder):
             check_own(uri, [entry.name for entry in entries(uri)])
         os.makedirs(os.path.dirname(local), exist_ok=True)
         if overwrite:
             shutil.rmtree(local, ignore_errors=True)
         if not (resume and os.path.exists(os.path.join(local, MANIFEST))):
             collect(local)
-        with open(uploading, "w"):
-            pass
+        write_claim(run_folder, {uri})
         delete_objects([f"{uri}/{MANIFEST}"])
         delete_folder(uri)
         files = open_statistics(local).manifest["files"]
         for each in (*files, MANIFEST):
             upload_file(os.path.join(local, each), f"{uri}/{each}")
+        withdraw_claim(run_folder)
         shutil.rmtree(os.path.dirname(local), ignore_errors=True)
     return uri
