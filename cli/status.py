@@ -14,7 +14,7 @@ from raymerge.cli.main import print_json
 @click.option("--watch", is_flag=True, help="Say it again every few seconds until the run has ended.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON document.")
 def status_command(out: str, watch: bool, as_json: bool) -> None:
-    """Show how far the merge into OUT is, from its journal: on any machine that sees OUT.
+    """Show how far the merge, measurement, grid or search into OUT is, from its files: on any machine that sees OUT.
 
     Exits with 0 if it runs or has finished, with 1 if it stopped before its end.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from raymerge.cluster import local_lock
 from raymerge.cluster.grid_points import label_of
 from raymerge.cluster.grid_spec import GridSpec
 from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME
@@ -26,7 +26,7 @@ from raymerge.merge_actors.files import write_error
 
 RUN_NAME = "run.json"
 BEST_NAME = "best.json"
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
 
 
 class GridFolder:
@@ -58,7 +58,7 @@ class GridFolder:
         if not os.path.isdir(self.path):
             raise OutputError(f"{self.path} is a file; choose a folder")
         is_ours = os.path.exists(self.file(RUN_NAME))
-        if not is_ours and set(os.listdir(self.path)) - {_LOCK_NAME}:
+        if not is_ours and set(os.listdir(self.path)) - {LOCK_NAME}:
             raise OutputError(f"{self.path} exists and holds no results of a grid; choose another folder")
         if is_ours and not (resume or overwrite):
             raise self.taken()
@@ -77,21 +77,8 @@ class GridFolder:
         Raises:
             OutputError: another run holds it, or it cannot be made.
         """
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            descriptor = os.open(self.file(_LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another run is writing {self.path}; wait for it or choose another folder"
-                ) from None
+        with local_lock.locked(self.file(LOCK_NAME), self.out):
             yield
-        finally:
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:

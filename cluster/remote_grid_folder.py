@@ -30,7 +30,7 @@ from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 #: How often what has changed is written to the store.
 SYNC_SECONDS = 5.0
-_LOCK_FOLDER = ".lock"
+LOCK_FOLDER = ".lock"
 #: Read in this order, so that a table that is written meanwhile costs no row.
 _FETCHED = (JOURNAL_NAME, RESULTS_NAME, RUN_NAME, BEST_NAME)
 
@@ -47,7 +47,7 @@ class RemoteGridFolder(GridFolder):
         super().__init__(out)
         if not urlsplit(out).path:
             raise OutputError(f"{out} is a whole bucket; name a folder in it: {out}/NAME")
-        self._lock = StoreLock(f"{out}/{_LOCK_FOLDER}", out)
+        self._lock = StoreLock(f"{out}/{LOCK_FOLDER}", out)
         #: size and time of each small file as the store has it
         self._written: dict[str, tuple[int, int]] = {}
         self._failure: RaymergeError | None = None
@@ -55,7 +55,7 @@ class RemoteGridFolder(GridFolder):
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse as `GridFolder.check_free` does."""
-        names = {entry.name for entry in entries(self.out)} - {_LOCK_FOLDER}
+        names = {entry.name for entry in entries(self.out)} - {LOCK_FOLDER}
         if not names:
             return
         if RUN_NAME not in names:

@@ -9,13 +9,12 @@ What raymerge did not write it never replaces, whatever it is told.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from raymerge.cluster import local_lock
 from raymerge.cluster.journal import read_journal_header
 from raymerge.cluster.totals import Totals
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
@@ -27,8 +26,6 @@ JOURNAL_NAME = "journal.jsonl"
 MANIFEST_NAME = "raymerge_manifest.json"
 STATISTICS_JOURNAL_NAME = "statistics.json"
 LOCK_NAME = "lock"
-#: For so long a run asks again for a lock that is taken: `raymerge status` takes it for a moment to see whether it is.
-_LOCK_SECONDS = 0.5
 
 
 class RunFolder:
@@ -70,39 +67,15 @@ class RunFolder:
         """
         try:
             os.makedirs(self.path, exist_ok=True)
-            descriptor = os.open(
-                os.path.join(self.path, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-            )
         except OSError as error:
             raise OutputError(f"cannot write next to {self.out}: {error.strerror}") from error
-        try:
-            try:
-                _lock(descriptor)
-                if not self._is_lock(descriptor):  # its owner removed it when it was done, just now
-                    raise BlockingIOError
-            except BlockingIOError:
-                raise OutputError(
-                    f"another run is writing {self.out} ({_owner(descriptor)}); wait for it or choose another folder"
-                ) from None
-            owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%F %T")}
-            with contextlib.suppress(OSError):  # a full disk is told of where it matters
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        with local_lock.locked(os.path.join(self.path, LOCK_NAME), self.out):
             try:
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     if os.listdir(self.path) == [LOCK_NAME]:  # nothing came of the run: leave no trace
                         shutil.rmtree(self.path)
-        finally:
-            os.close(descriptor)
-
-    def _is_lock(self, descriptor: int) -> bool:
-        """Return whether an open file is the lock that others find in the folder."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(os.path.join(self.path, LOCK_NAME)))
-        except FileNotFoundError:
-            return False
 
     def watched(self, on_progress: Callable[[Totals], None]) -> Callable[[Totals], None]:
         """Return what a run calls as it goes on: nobody takes this lock from a process that lives."""
@@ -278,28 +251,3 @@ def _replace_folder(source: str, final: str, *, aside: str) -> None:
 
 def _is_empty(folder: str) -> bool:
     return os.path.isdir(folder) and not os.listdir(folder)
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a file for this process alone.
-
-    Raises:
-        BlockingIOError: another holds it, and not just for a moment.
-    """
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def _owner(descriptor: int) -> str:
-    try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError):
-        return "its owner is not recorded"

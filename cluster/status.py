@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -12,12 +11,15 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raymerge.cluster import grid_folder, local_lock, store_lock
+from raymerge.cluster.grid_folder import BEST_NAME
 from raymerge.cluster.journal import read_journal
+from raymerge.cluster.remote_grid_folder import LOCK_FOLDER, open_grid_folder
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
+from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME, read_rows
 from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
-from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX, is_dead
 from raymerge.merge_actors.errors import CheckpointError, OutputError
-from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
+from raymerge.merge_actors.storage.folders import entries, exists
 from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
 from raymerge.stats.statistics_file import MANIFEST
 
@@ -39,7 +41,7 @@ class RunStatus:
     """An unfinished run has no driver: it was killed, or failed, and goes on with --resume. Of a folder that is no
     output itself, but holds some, nothing is known but that these are finished: a campaign, or several runs."""
     num_done: int
-    """Finished tasks of the waves that have begun; of a measurement, layer groups."""
+    """Finished tasks of the waves that have begun; of a measurement, layer groups; of a grid or a search, points."""
     num_tasks: int
     read_bytes: int
     write_bytes: int
@@ -51,6 +53,10 @@ class RunStatus:
     """Who runs it: process, host and since when."""
     outputs: tuple[str, ...] = ()
     """Names of the finished outputs below, if OUT is none itself."""
+    unit: Literal["tasks", "points"] = "tasks"
+    """What is counted."""
+    num_failed: int = 0
+    """Points that raised: rows with an error, run again with --resume."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -63,28 +69,34 @@ class RunStatus:
             now: seconds since 1970, to say how long ago something was; None for this moment.
         """
         if self.state == "finished":
-            return f"{self.out}: finished"
+            return f"{self.out}: finished{self._points()}"
         if self.state == "outputs below":
             return f"{self.out}: no run under way; finished below: {', '.join(self.outputs)}"
         now = time.time() if now is None else now
         parts = [f"{self.out}: {self.state}"]
         if self.num_tasks:
-            parts.append(f"{self.num_done:,} of {self.num_tasks:,} tasks")
+            parts.append(f"{self.num_done:,} of {self.num_tasks:,} {self.unit}{self._failed()}")
         else:
             parts.append("no task finished yet")
         if moved := self.read_bytes + self.write_bytes:
             parts.append(f"{moved / 1e9:.1f} GB moved")
         if self.last_progress is not None:
-            parts.append(f"last task {max(0.0, now - self.last_progress):.0f} s ago")
+            parts.append(f"last {self.unit[:-1]} {max(0.0, now - self.last_progress):.0f} s ago")
         parts.append(self.owner if self.owner and self.state == "running" else "go on with --resume")
         return ", ".join(parts)
+
+    def _points(self) -> str:
+        return f", {self.num_done:,} points{self._failed()}" if self.unit == "points" else ""
+
+    def _failed(self) -> str:
+        return f" ({self.num_failed:,} failed)" if self.num_failed else ""
 
 
 def run_status(out: str | os.PathLike[str]) -> RunStatus:
     """Return where the run for OUT stands.
 
     Args:
-        out: the output folder of a merge or a measurement, local or in an object store.
+        out: the output folder of a merge, a measurement, a grid or a search, local or in an object store.
 
     Raises:
         OutputError: there is neither an output, in OUT or right below it, nor a run for it.
@@ -94,14 +106,18 @@ def run_status(out: str | os.PathLike[str]) -> RunStatus:
         with contextlib.suppress(
             FileNotFoundError, CheckpointError
         ):  # a run that ends takes its journal away
-            return _look(place)
+            return _grid(place) or _look(place)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return _look(place)
+    return _grid(place) or _look(place)
 
 
 def _look(place: str) -> RunStatus:
     folder = RemoteRunFolder(place, is_campaign=False) if is_remote(place) else RunFolder(place)
-    owner, is_alive = _remote_owner(folder.path) if is_remote(place) else _local_owner(folder.path)
+    owner, is_alive = (
+        store_lock.owner_of(folder.path)
+        if is_remote(place)
+        else local_lock.owner_of(os.path.join(folder.path, LOCK_NAME))
+    )
     headers, num_done, moved, last = [], 0, [0, 0], None
     for number in itertools.count():  # one journal for each wave that has begun
         path = folder.journal_path + (f".{number}" if number else "")
@@ -124,6 +140,33 @@ def _look(place: str) -> RunStatus:
     if measured is not None:
         headers, num_done, last = measured
     return _status(folder.out, state, headers, num_done, (moved[0], moved[1]), last, owner)
+
+
+def _grid(place: str) -> RunStatus | None:
+    """Return where the grid or the search in a folder stands; None if there is none."""
+    folder = open_grid_folder(place)
+    listed = {entry.name: entry for entry in entries(folder.out)}
+    if grid_folder.RUN_NAME not in listed:
+        return None
+    owner, is_alive = (
+        store_lock.owner_of(f"{folder.out}/{LOCK_FOLDER}")
+        if is_remote(folder.out)
+        else local_lock.owner_of(folder.file(grid_folder.LOCK_NAME))
+    )
+    with folder.readable():
+        description = folder.read_json(grid_folder.RUN_NAME)
+        if not isinstance(description, dict) or "num_points" not in description:
+            return None  # of something else
+        rows = [row for row in read_rows(folder.path, ("split", "status")) if row["split"] == "validation"]
+    num_points = int(description["num_points"])
+    is_done = BEST_NAME in listed and len(rows) >= num_points
+    state: State = "running" if is_alive else "finished" if is_done else "unfinished"
+    times = [listed[name].modified_seconds for name in (JOURNAL_NAME, RESULTS_NAME) if name in listed]
+    last = max((each for each in times if each is not None), default=None)
+    headers = [{"num_tasks": num_points}]
+    found = _status(folder.out, state, headers, len(rows), (0, 0), last if rows else None, owner)
+    num_failed = sum(row["status"] == "failed" for row in rows)
+    return dataclasses.replace(found, unit="points", num_failed=num_failed)
 
 
 def _status(
@@ -178,38 +221,6 @@ def _measured(folder: str) -> tuple[list[dict[str, Any]], int, float | None] | N
         return [{"num_tasks": len(journal["groups_end"])}], len(journal["groups"]), _modified(path)
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _local_owner(folder: str) -> tuple[str | None, bool]:
-    """Return who holds a run folder, and whether somebody does."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open(os.path.join(folder, LOCK_NAME), "rb") as file:
-            owner = _in_words(json.loads(file.read()))
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return owner, True
-            return owner, False
-    return None, False
-
-
-def _remote_owner(folder: str) -> tuple[str | None, bool]:
-    """Return who wrote the latest ticket, and whether it was written lately."""
-    tickets = [entry for entry in entries(folder) if entry.name.startswith(TICKET_PREFIX)]
-    if not tickets:
-        return None, False
-    latest = max(tickets, key=lambda entry: entry.modified_seconds or 0.0)
-    owner = None
-    with contextlib.suppress(ValueError, KeyError):
-        found = json.loads(read_bytes(f"{folder}/{latest.name}"))
-        owner = _in_words(found)
-        if is_dead(found):
-            return owner, False
-    return owner, time.time() - (latest.modified_seconds or 0.0) < STALE_SECONDS
-
-
-def _in_words(owner: dict[str, Any]) -> str:
-    return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
 
 
 def _modified(path: str) -> float | None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from raymerge.cluster.journal import boot_id
+from raymerge.cluster.local_lock import in_words
 from raymerge.merge_actors.errors import OutputError, RaymergeError
 from raymerge.merge_actors.storage.folders import entries, read_bytes
 from raymerge.merge_actors.storage.objects import delete_objects, write_object
@@ -27,6 +28,8 @@ HEARTBEAT_SECONDS = 20.0
 #: After so long without a heartbeat a ticket's owner is taken for gone.
 STALE_SECONDS = 120.0
 TICKET_PREFIX = "lock-"
+#: Clocks that differ by less are taken for the same; those that differ by more than the second are refused by stores.
+_NEAR_SECONDS, _MOST_DOUBTED_SECONDS = 5.0, 900.0
 
 
 class StoreLock:
@@ -152,6 +155,50 @@ def is_dead(owner: Mapping[str, object]) -> bool:
         return True
     except OSError:
         return False
+    return False
+
+
+def owner_of(folder: str) -> tuple[str | None, bool]:
+    """Return who wrote the latest ticket in a folder, in words, and whether he is at work.
+
+    Who only looks cannot write a ticket to compare its age with, so clocks that differ leave doubt about one that is
+    minutes old; then the ticket is watched for a heartbeat.
+
+    Raises:
+        CheckpointError: the store refuses, or keeps failing.
+    """
+    ticket = _latest(folder)
+    if ticket is None:
+        return None, False
+    owner = None
+    with contextlib.suppress(ValueError, KeyError):
+        found = json.loads(read_bytes(f"{folder}/{ticket.name}"))
+        owner = in_words(found)
+        if is_dead(found):
+            return owner, False
+    age = time.time() - (ticket.modified_seconds or 0.0)
+    if (
+        _MOST_DOUBTED_SECONDS >= age >= STALE_SECONDS
+        or age < -_NEAR_SECONDS
+        or ticket.modified_seconds is None
+    ):
+        return owner, _beats(folder, ticket)
+    return owner, age < STALE_SECONDS
+
+
+def _latest(folder: str) -> Entry | None:
+    tickets = [entry for entry in entries(folder) if entry.name.startswith(TICKET_PREFIX)]
+    return max(tickets, key=lambda entry: entry.modified_seconds or 0.0, default=None)
+
+
+def _beats(folder: str, ticket: Entry) -> bool:
+    """Wait a heartbeat for another ticket, or the same one written again."""
+    deadline = time.monotonic() + 1.25 * HEARTBEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_SECONDS / 10)
+        latest = _latest(folder)
+        if latest is None or (latest.name, latest.version) != (ticket.name, ticket.version):
+            return latest is not None
     return False
 
 

@@ -102,7 +102,8 @@ def entries(folder: str) -> list[Entry]:
         with contextlib.suppress(FileNotFoundError):  # a link to nothing
             status = each.stat()
             num_bytes = 0 if each.is_dir() else status.st_size
-            found.append(Entry(each.name, each.is_dir(), num_bytes, str(status.st_mtime_ns)))
+            version, modified = str(status.st_mtime_ns), status.st_mtime
+            found.append(Entry(each.name, each.is_dir(), num_bytes, version, modified))
     return sorted(found, key=lambda entry: entry.name)
 
 

@@ -209,9 +209,13 @@ def test_a_run_whose_lock_was_taken_over_hands_out_nothing_more(
 
     def add_and_wait(journal: Journal, report: Any) -> None:
         add(journal, report)
-        for key in object_store.keys(f"{prefix}lock-"):  # what the new owner does with a stale ticket
+        wait_for(is_lost)
+
+    def is_lost() -> bool:
+        """Do what the new owner does with a stale ticket; again, if a heartbeat was just being written."""
+        for key in object_store.keys(f"{prefix}lock-"):
             object_store._call("DELETE", f"/{BUCKET}/{key}")
-        wait_for(lambda: not _is_beating())
+        return not _is_beating()
 
     monkeypatch.setattr(Journal, "add", add_and_wait)
     with pytest.raises(OutputError, match=r"another run took .* over"):

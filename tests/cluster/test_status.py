@@ -7,14 +7,18 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import pytest
 from click.testing import CliRunner
 
 import raymerge
 from raymerge.cli.main import main
-from raymerge.cluster import run_folder, status
+from raymerge.cluster import local_lock, remote_grid_folder, status, store_lock
+from raymerge.cluster.grid_folder import GridFolder
 from raymerge.cluster.journal import Journal
+from raymerge.cluster.remote_grid_folder import open_grid_folder
+from raymerge.cluster.results import ResultsWriter
 from raymerge.cluster.run_folder import LOCK_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.status import run_status
 from raymerge.merge_actors.errors import OutputError
@@ -97,7 +101,7 @@ def test_a_measurement_is_a_run_too(tmp_path):
 
 def test_a_run_that_starts_while_status_looks_is_not_refused(tmp_path, monkeypatch):
     """`status` holds a shared lock for a moment; a run asks again for longer than that."""
-    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 60.0)
+    monkeypatch.setattr(local_lock, "_PATIENCE_SECONDS", 60.0)
     folder = RunFolder(str(tmp_path / "out"))
     os.makedirs(folder.path)
     lock = os.path.join(folder.path, LOCK_NAME)
@@ -130,3 +134,62 @@ def test_a_run_that_ends_while_status_looks_is_finished(tiny_checkpoints, tmp_pa
 
     monkeypatch.setattr(status, "read_journal", read_late)
     assert run_status(out).state == "finished"
+
+
+def _grid_folder(out: str, num_points: int, rows: list[dict[str, object]]) -> GridFolder:
+    folder = open_grid_folder(out)
+    with folder.locked():
+        writer = ResultsWriter(folder.path)
+        folder.write_json("run.json", {"kind": "grid", "num_points": num_points})
+        for row in rows:
+            writer.append(row)
+        writer.close()
+    return folder
+
+
+@pytest.mark.parametrize("place", ["disk", "store"])
+def test_a_grid_is_a_run_too(place, tmp_path, object_store, monkeypatch):
+    monkeypatch.setattr(remote_grid_folder, "SYNC_SECONDS", 0.02)
+    out = str(tmp_path / "out") if place == "disk" else "s3://models/status-of-a-grid"
+    rows = [{"point": i, "split": "validation", "status": "ok" if i else "failed"} for i in range(3)]
+    folder = _grid_folder(out, 4, [*rows, {"point": 1, "split": "test", "status": "ok"}])
+    left = run_status(out)
+    assert (left.state, left.num_done, left.num_tasks, left.num_failed) == ("unfinished", 3, 4, 1)
+    assert left.text(now=left.last_progress + 3) == (
+        f"{out}: unfinished, 3 of 4 points (1 failed), last point 3 s ago, go on with --resume"
+    )
+    folder = open_grid_folder(out)
+    with folder.locked():
+        assert "running, 3 of 4 points" in run_status(out).text()
+        assert f"process {os.getpid()} on " in run_status(out).text()
+        writer = ResultsWriter(folder.path)
+        writer.append({"point": 3, "split": "validation", "status": "ok"})
+        writer.close()
+        folder.write_json("best.json", [])
+    assert run_status(out).text() == f"{out}: finished, 4 points (1 failed)"
+
+
+def test_a_file_of_the_same_name_is_no_grid(tmp_path):
+    (tmp_path / "run.json").write_text('["mine"]')
+    with pytest.raises(OutputError, match="is no output of raymerge"):
+        run_status(tmp_path)
+
+
+@pytest.mark.parametrize("skew", [-400.0, 400.0])
+def test_clocks_that_differ_do_not_hide_a_run(skew, object_store, monkeypatch):
+    """The store's clock is minutes off ours: its ticket is watched, and beats or does not."""
+    out = f"s3://models/skewed{skew:g}"
+    monkeypatch.setattr(store_lock, "HEARTBEAT_SECONDS", 1.2)  # a store tells whole seconds
+    lock = store_lock.StoreLock(f"{out}/.lock", out)
+    here = time.time
+    with lock.held():
+        monkeypatch.setattr(store_lock.time, "time", lambda: here() + skew)
+        owner, is_alive = store_lock.owner_of(f"{out}/.lock")
+        assert is_alive
+        assert owner.startswith(f"process {os.getpid()} on ")
+    assert store_lock.owner_of(f"{out}/.lock") == (None, False)
+    ticket = {"host": "elsewhere", "pid": 1, "since": "then"}
+    object_store.put_bytes(f"skewed{skew:g}/.lock/lock-0.json", json.dumps(ticket).encode())
+    owner, is_alive = store_lock.owner_of(f"{out}/.lock")
+    assert not is_alive
+    assert owner == "process 1 on elsewhere since then"
