@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -89,6 +89,8 @@ def _run_cut(recipe: dict[str, Any], folder: Path, slice_bytes: int, workers: in
     workers=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
+@example(tensors=[(torch.float64, [0])], method="breadcrumbs", slice_bytes=1, workers=1, seed=0)  # no kernel
+@example(tensors=[(torch.bfloat16, [3, 0])], method="model_stock", slice_bytes=1, workers=1, seed=0)
 def test_any_checkpoint_is_merged_as_its_whole_tensors(
     tensors: list[tuple[torch.dtype, list[int]]], method: str, slice_bytes: int, workers: int, seed: int
 ) -> None:
