@@ -32,9 +32,7 @@ class HostInput(NamedTuple):
 
         if self.on_device is not None:
             return self.on_device.view(torch_dtype(self.dtype))
-        if not len(
-            self.data
-        ):  # numpy may give an empty array the stride 0, which torch cannot view as wider elements
+        if not len(self.data):  # the stride of an empty array may be 0, and torch then takes no wider view
             return torch.empty(0, dtype=torch_dtype(self.dtype))
         return torch.from_numpy(self.data).view(torch_dtype(self.dtype))
 

@@ -79,3 +79,11 @@ def test_passthrough() -> None:
     assert torch.equal(copy(model, None), model.float())
     assert torch.equal(copy(model, 0.25), model.float() * 0.25)
     assert torch.equal(copy(model, 0.0), torch.zeros(3, 4))
+
+
+def test_weights_that_cancel_but_for_rounding_are_refused() -> None:
+    """0.1 + 0.2 - 0.3 is 6e-17, and dividing by that would blow the average up."""
+    check = METHODS["linear"].check
+    assert check is not None
+    models = tuple({"weight": weight} for weight in (0.1, 0.2, -0.3))
+    assert "sum to 0" in (check(Settings(shared={"normalize": True}, models=models)) or "")

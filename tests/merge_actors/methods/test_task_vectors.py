@@ -264,3 +264,9 @@ def test_della_checks_its_probabilities(method: str) -> None:
         "density 0.1 with epsilon 0.15 gives keep probabilities of -0.05 to 0.25, which must lie within "
         "(0, 1); set epsilon below 0.1"
     )
+    for density, epsilon in (
+        (0.25, 0.25),
+        (0.75, 0.25),
+    ):  # 0 and 1 are no probabilities to divide by or draw at
+        at_the_end = values | {"density": density, "epsilon": epsilon}
+        assert "must lie within (0, 1)" in (check(Settings(models=(at_the_end,))) or "")
