@@ -22,7 +22,12 @@ from raymerge.cli.shared import trust_option
     show_default=True,
     help="Which data of the tasks.",
 )
-@click.option("--scores", metavar="FILE", help="Also write the scores of every example, as a NumPy archive.")
+@click.option(
+    "--scores",
+    type=click.Path(),
+    metavar="FILE",
+    help="Also write the scores of every example, as a NumPy archive.",
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

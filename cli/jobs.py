@@ -55,7 +55,7 @@ def status_command(address: str | None, job: str, as_json: bool) -> None:
 @jobs_command.command("logs")
 @_ADDRESS
 @click.argument("job")
-@click.option("--follow", is_flag=True, help="Go on until the job ends, and exit as it does.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends, and exit as it does.")
 def logs_command(address: str | None, job: str, follow: bool) -> None:
     """Print a job's log."""
     from raymerge.cli.submit import follow as follow_job

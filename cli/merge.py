@@ -38,6 +38,7 @@ from raymerge.cli.shared import recipe_options
 @click.option("--allow-nan", is_flag=True, help="Merge inputs that hold NaN or infinity, with a warning.")
 @click.option(
     "--stage",
+    type=click.Path(),
     metavar="DIR",
     help="Folder on each node's own disk: ranges of remote inputs are fetched once per node, and outputs for an "
     "object store are made there [default: no copies of inputs; outputs in the temporary folder].",

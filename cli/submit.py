@@ -9,11 +9,10 @@ import io
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from raymerge.cli.main import main, print_json
 from raymerge.merge_actors.errors import RecipeError
@@ -43,7 +42,12 @@ _OF_THE_NODES = {"ray", "torch"}
 )
 @click.option("--name", help="Beginning of the job's name [default: from the command and its recipe].")
 @click.option("--no-wait", is_flag=True, help="Print the job's name and return; do not follow it.")
-@click.option("--num-gpus", type=int, help="Run on so many GPUs: --workers N --device cuda for the command.")
+@click.option(
+    "--num-gpus",
+    type=click.IntRange(min=1),
+    help="Run on so many GPUs: --workers N --device cuda for the command. A command without workers (evaluate) "
+    "is placed where so many are.",
+)
 @click.option("--no-check", is_flag=True, help="Do not plan here first: the inputs are only visible there.")
 @click.option("--installed", is_flag=True, help="Use the raymerge of the nodes; do not send this one along.")
 @click.option("--install-dependencies", is_flag=True, help="Install what raymerge needs but Ray and torch.")
@@ -79,20 +83,33 @@ def submit_command(
         environment
     )
     check_no_secret(variables)
+    if as_json and not no_wait:
+        raise click.UsageError("--json prints the job; it needs --no-wait, which does not print its log")
     files: dict[str, str] = {}
-    words = _checked_words(context, list(command), num_gpus, files, plan=not no_check)
-    check_no_secret({}, [*words, *files.values()])
-    bundle = JobBundle(command=words, files=files)
+    words, own_gpus = _checked_words(context, list(command), num_gpus, files, plan=not no_check)
+    check_no_secret({}, [*words, *files.values(), name or ""])
+    bundle = JobBundle(command=words, files=files, num_gpus=own_gpus)
     jobs = Jobs(address)
     identity = bundle.submission_id(name)
     earlier = jobs.find(identity)
     if earlier is not None and (earlier.state == "SUCCEEDED" or not earlier.is_ended):
-        click.echo(f"job {identity} was submitted before and is {earlier.state}; following it", err=True)
+        again = "; to run it once more give it another --name" if earlier.is_ended else ""
+        click.echo(
+            f"job {identity} was submitted before and is {earlier.state}; this is its log{again}", err=True
+        )
     else:
         pip = _dependencies() if install_dependencies else None
-        if not _send(jobs, identity, bundle, variables, installed=installed, pip=pip):
+        try:
+            is_ours = _send(jobs, identity, bundle, variables, installed=installed, pip=pip)
+        except KeyboardInterrupt:
+            click.echo(
+                f"\ninterrupted while job {identity} was sent; whether it runs says: raymerge jobs status {identity}",
+                err=True,
+            )
+            raise SystemExit(130) from None
+        if not is_ours:
             click.echo(f"job {identity} was submitted by somebody else just now; following it", err=True)
-    if as_json and no_wait:
+    if as_json:
         print_json({"job": identity, "address": jobs.address, "command": words})
     elif no_wait:
         click.echo(identity)
@@ -127,6 +144,7 @@ def _send(
             environment=variables,
             metadata=metadata,
             pip=pip,
+            num_gpus=bundle.num_gpus,
         )
 
 
@@ -157,8 +175,12 @@ def exit_code(state: str, of_command: int | None) -> int:
 
 def _checked_words(
     context: click.Context, command: list[str], num_gpus: int | None, files: dict[str, str], *, plan: bool
-) -> list[str]:
-    """Check a command as if it ran here, plan it if it can be, and return it with its paths absolute."""
+) -> tuple[list[str], int]:
+    """Check a command as if it ran here, plan it if it can be.
+
+    Returns:
+        the command with its paths absolute, and the GPUs that it needs for itself.
+    """
     from raymerge.cluster.job_bundle import bundle_words
 
     name, *arguments = command
@@ -167,40 +189,61 @@ def _checked_words(
     if found is None or name in _NOT_AS_A_JOB:
         known = ", ".join(sorted(set(main.list_commands(context)) - _NOT_AS_A_JOB))
         raise click.UsageError(f"{name!r} is no command that runs on a cluster; those are {known}")
-    options = {option for parameter in found.params for option in parameter.opts}
-    if num_gpus is not None and "--workers" in options:
-        arguments += ["--workers", str(num_gpus), "--device", "cuda"]
     with found.make_context(name, list(arguments), parent=context.parent) as checked:
-        if checked.params.get("in_process") or checked.params.get("address"):
-            raise RecipeError("submit says where the command runs: leave --address and --in-process away")
-        words = list(_words(checked))
-    if plan and "--dry-run" in options and "--dry-run" not in arguments:
-        with found.make_context(name, [*arguments, "--dry-run"], parent=context.parent) as dry:
+        given = _given(checked, arguments)
+    if given.get("in_process") or given.get("address"):
+        raise RecipeError("submit says where the command runs: leave --address and --in-process away")
+    own_gpus = 0
+    if num_gpus is not None:
+        own_gpus = _put_on_gpus(found, given, num_gpus)
+    if plan and any(parameter.name == "dry_run" for parameter in found.params) and not given.get("dry_run"):
+        words = [word for word, _ in _words(found, {**given, "dry_run": True})]
+        with found.make_context(name, words, parent=context.parent) as dry:
             # The job will say all of it again; only an error counts here.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 found.invoke(dry)
-    return [name, *bundle_words(words, files=files)]
+    return [name, *bundle_words(_words(found, given), files=files)], own_gpus
 
 
-def _words(checked: click.Context) -> Iterator[tuple[str, bool]]:
-    """Yield the words of a parsed command in a normal order, each with whether it must be a path."""
-    for parameter in checked.command.params:
+def _given(checked: click.Context, arguments: list[str]) -> dict[str, Any]:
+    """Return what was typed by parameter, as it was typed: what a type makes of it need not be a word again."""
+    inner = click.Context(checked.command, info_name=checked.info_name)
+    typed, _, _ = checked.command.make_parser(inner).parse_args(list(arguments))
+    return {name: value for name, value in typed.items() if isinstance(value, (str, bool, list, tuple))}
+
+
+def _put_on_gpus(found: click.Command, given: dict[str, Any], num_gpus: int) -> int:
+    """Add what --num-gpus means for a command; return the GPUs that it needs for itself, having no workers."""
+    names = {parameter.name for parameter in found.params}
+    if "device" not in names:
+        raise click.UsageError(f"--num-gpus {num_gpus}: {found.name} runs on no GPU")
+    if twice := sorted({"device", "workers"} & given.keys()):
+        raise click.UsageError(
+            f"--num-gpus {num_gpus} says how many workers there are, and that they run on GPUs: leave "
+            f"{' and '.join('--' + name for name in twice)} away"
+        )
+    given["device"] = "cuda"
+    if "workers" not in names:
+        return num_gpus
+    given["workers"] = str(num_gpus)
+    return 0
+
+
+def _words(command: click.Command, given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield the words of a command in a normal order, each with whether it must be a path."""
+    for parameter in command.params:
         assert parameter.name is not None
-        value = checked.params.get(parameter.name)
-        if checked.get_parameter_source(parameter.name) in (ParameterSource.DEFAULT, None) or value is None:
-            continue
         is_path = isinstance(parameter.type, click.Path)
-        values = value if isinstance(value, tuple) else (value,)
-        for one in values:
+        value = given.get(parameter.name)
+        for one in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
             if isinstance(parameter, click.Argument):
-                yield str(one), is_path
+                yield (f"./{one}" if one.startswith("-") else one), is_path  # else it reads as an option
             elif isinstance(one, bool):
                 flags = parameter.opts if one else parameter.secondary_opts
-                if flags:
-                    yield flags[0], False
+                yield flags[0], False
             else:
                 yield parameter.opts[0], False
-                yield str(one), is_path
+                yield one, is_path
 
 
 def _parse_environment(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,10 +38,12 @@ class JobBundle:
     """Words after `raymerge`, paths absolute or in the job's folder."""
     files: dict[str, str] = field(default_factory=dict)
     """Texts by name in the job's folder."""
+    num_gpus: int = 0
+    """Which the command needs for itself, beside those of its workers."""
 
     def submission_id(self, name: str | None) -> str:
         """Return a name that the same command with the same files always has."""
-        content = json.dumps([self.command, sorted(self.files.items()), _version()])
+        content = json.dumps([self.command, sorted(self.files.items()), self.num_gpus, _version()])
         own = _NOT_IN_A_NAME.sub("-", name or self._spoken_name()).strip("-.") or "raymerge"
         return f"{own}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
@@ -83,7 +84,7 @@ def bundle_words(words: Iterable[tuple[str, bool]], *, files: dict[str, str]) ->
             inside = sorted(name for name in os.listdir(word) if name.endswith(_YAML))
             made += [_add_file(os.path.join(word, name), files) for name in inside]
         elif is_path and "://" not in word:
-            made.append(os.path.abspath(word))
+            made.append(os.path.abspath(os.path.expanduser(word)))
         else:
             made.append(absolute_model(word))
     return made
@@ -99,7 +100,8 @@ def absolute_model(text: str) -> str:
     parts = []
     for part in text.split("+"):
         path, at, revision = part.partition("@")
-        parts.append(f"{os.path.abspath(path)}{at}{revision}" if path and os.path.exists(path) else part)
+        own = os.path.expanduser(path)
+        parts.append(f"{os.path.abspath(own)}{at}{revision}" if path and os.path.exists(own) else part)
     return "+".join(parts)
 
 
@@ -140,7 +142,7 @@ def copy_package(folder: str) -> None:
 
 def _add_file(path: str, files: dict[str, str]) -> str:
     """Put a YAML file, its paths made absolute, among the job's files; return its name there."""
-    read = [each.value for each in read_documents(Path(path))]
+    read = [each.value for each in read_documents(path)]
     names = frozenset(str(each["name"]) for each in read if isinstance(each, dict) and "name" in each)
     documents = [absolute_document(each, names) for each in read]
     stem, extension = os.path.splitext(os.path.basename(path))
@@ -149,7 +151,7 @@ def _add_file(path: str, files: dict[str, str]) -> str:
     while files.get(name, text) != text:
         name, number = f"{stem}-{number}{extension}", number + 1
     files[name] = text
-    return name
+    return f"./{name}" if name.startswith("-") else name
 
 
 def _is_recipe_folder(word: str) -> bool:

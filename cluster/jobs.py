@@ -32,13 +32,18 @@ _SECONDS_UNTIL_NAME_IS_FREE = 3.0
 _MOST_SECONDS_UNTIL_AGENT = 30.0
 #: Of a job that ended so long ago it is free for certain, though the cluster's clock may not be ours.
 _SECONDS_SINCE_FREE = 60.0
+#: Where Ray's client looks for a job server, before it looks at what it was told.
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
 )
-#: Parts of a variable's name that say that its value is a secret.
-_SECRET = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY")
+#: Names of variables that say that their values are secrets; TOKENIZERS_PARALLELISM is none.
+_SECRET = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|KEY|CONNECTION_STRING|(^|_)SAS(_|$)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +87,13 @@ class Jobs:
         # Uploads and closed connections are Ray's own business; what matters is said by us.
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
+        variables = [os.environ.get(name) for name in _ADDRESS_VARIABLES]
+        address = address or next(filter(None, variables), None)
+        if address and "://" in address and not address.startswith(("http://", "https://", "ray://")):
+            raise ClusterError(f"{address} is no address of a Ray job server; one is http://127.0.0.1:8265")
         try:
-            self._client: Any = JobSubmissionClient(address)
+            with _without_variables(_ADDRESS_VARIABLES):
+                self._client: Any = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             raise _cluster_error(error, address) from error
         self.address = str(self._client.get_address())
@@ -127,16 +137,18 @@ class Jobs:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
         pip: list[str] | None = None,
+        num_gpus: int = 0,
     ) -> bool:
         """Submit a command; return False if another has taken the name meanwhile.
 
         Args:
             submission_id: the job's name; one that failed or was stopped gives its name up.
-            entrypoint: a shell command, which runs on the head node in a copy of `folder`.
+            entrypoint: a shell command, which runs in a copy of `folder`.
             folder: on this machine.
             environment: variables of the command and of its workers.
             metadata: what to note beside the job.
             pip: requirements to install on the nodes for this job, beside what they have.
+            num_gpus: which the command itself has, and its node; without, it runs on the head.
 
         Raises:
             ClusterError: the cluster refuses it.
@@ -146,11 +158,8 @@ class Jobs:
         if pip:
             runtime["pip"] = pip
         with self._spoken():
-            earlier = self.find(submission_id)
-            if earlier is not None and earlier.is_ended:
-                if time.time() - (earlier.end_time or 0.0) < _SECONDS_SINCE_FREE:
-                    time.sleep(_SECONDS_UNTIL_NAME_IS_FREE)
-                self._client.delete_job(submission_id)
+            if not self._free(submission_id):
+                return False
             deadline = time.monotonic() + _MOST_SECONDS_UNTIL_AGENT
             while True:
                 try:
@@ -159,6 +168,7 @@ class Jobs:
                         submission_id=submission_id,
                         runtime_env=runtime,
                         metadata=dict(metadata),
+                        entrypoint_num_gpus=num_gpus or None,
                     )
                     return True
                 except RuntimeError as error:
@@ -168,6 +178,22 @@ class Jobs:
                     if "No available agent" not in str(error) or time.monotonic() > deadline:
                         raise
                 time.sleep(_POLL_SECONDS)
+
+    def _free(self, submission_id: str) -> bool:
+        """Free the name of an ended job; return False if another has begun a job of that name meanwhile."""
+        earlier = self.find(submission_id)
+        if earlier is None or not earlier.is_ended:
+            return True
+        if time.time() - (earlier.end_time or 0.0) < _SECONDS_SINCE_FREE:
+            time.sleep(_SECONDS_UNTIL_NAME_IS_FREE)
+        try:
+            self._client.delete_job(submission_id)
+        except RuntimeError as error:
+            if "non-terminal" in str(error):
+                return False
+            if "does not exist" not in str(error):  # else another has freed it
+                raise
+        return True
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> JobStatus:
         """Hand on a job's log from its beginning until the job ends; return how it ended.
@@ -268,7 +294,7 @@ def check_no_secret(environment: Mapping[str, str], texts: Iterable[str] = ()) -
         RecipeError: naming the variable, or the place without the secret.
     """
     for name in environment:
-        if any(part in name.upper() for part in _SECRET):
+        if _SECRET.search(name):
             raise RecipeError(
                 f"--env {name}: a job's variables stand in the cluster's dashboard and logs; put secrets into the "
                 "nodes' own environment, an instance role or a mounted file instead"
@@ -280,6 +306,16 @@ def check_no_secret(environment: Mapping[str, str], texts: Iterable[str] = ()) -
                     f"a secret must not travel with a job, whoever sees the dashboard reads it: {clean[:300]}"
                     "; leave it out, the nodes find their credentials themselves (docs/storage.md)"
                 )
+
+
+@contextlib.contextmanager
+def _without_variables(names: Iterable[str]) -> Iterator[None]:
+    """Hide variables of the environment for a moment."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _status(details: Any) -> JobStatus:
@@ -304,13 +340,13 @@ def _may_pass(error: BaseException | None) -> bool:
 def _cluster_error(error: BaseException, address: str | None) -> ClusterError:
     """Say in one sentence what a job server's answer means."""
     text = str(error)
-    place = address or "RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine"
+    place = address or "this machine (neither --address, RAY_API_SERVER_ADDRESS nor RAY_ADDRESS says another)"
     if "401" in text or "403" in text or "uthenticat" in text:
         return ClusterError(
             f"the cluster at {place} refuses our token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "~/.ray/auth_token to the cluster's own"
         )
-    if isinstance(error, OSError) or "connect" in text.lower():
+    if isinstance(error, OSError) or "connect" in text.lower() or "waiting for GCS" in text:
         return ClusterError(
             f"no Ray job server answers at {place}; it is the dashboard's address, such as http://127.0.0.1:8265 "
             "(through `ray dashboard ray_cluster.yaml` if the cluster is elsewhere)"

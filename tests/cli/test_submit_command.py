@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -52,6 +53,74 @@ def test_a_command_is_checked_before_a_cluster_is_asked(recipe):
     assert "gone" in run(main, [*address, "--", "merge", "gone.yaml", "out"]).output
     done = run(main, [*address, "--", "merge", "average.yaml", "out"])
     assert done.exit_code == 1 and "no Ray job server answers at http://127.0.0.1:1" in done.output
+
+
+class _NoCluster:
+    """Takes a job and notes what it is."""
+
+    sent: dict[str, tuple[str, int]]
+    address = "http://nowhere"
+
+    def __init__(self, address):
+        self.address = address or self.address
+
+    def find(self, identity):
+        return None
+
+    def submit(self, identity, entrypoint, folder, *, num_gpus, **rest):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.sent[identity] = (entrypoint.removeprefix("exec python -m raymerge "), num_gpus)
+        return True
+
+
+@pytest.fixture
+def sent(monkeypatch, recipe):
+    """Return a function that submits a command, and says what would run and on how many GPUs of its own."""
+    _NoCluster.sent, _NoCluster.interrupted = {}, False
+    monkeypatch.setattr("raymerge.cluster.jobs.Jobs", _NoCluster)
+    monkeypatch.setattr("raymerge.cluster.job_bundle.copy_package", lambda folder: None)
+
+    def submit(*words):
+        done = CliRunner().invoke(main, ["submit", "--no-wait", *words])
+        return _NoCluster.sent[done.stdout.strip()] if done.exit_code == 0 else done.output
+
+    return submit
+
+
+def test_what_was_typed_runs_as_it_was_typed(sent, recipe):
+    """Numbers between commas are not an option said twice; files that do not exist yet are not the job's own."""
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    command, _ = sent(
+        "--no-check", "--", "stats", "a", "--data", "rows.jsonl", "--out", "s", "--samples-at", "2,4"
+    )
+    assert command == f"stats {recipe}/a --data {recipe}/rows.jsonl --samples-at 2,4 --out {recipe}/s"
+    command, _ = sent("--no-check", "--", "evaluate", "a", "--tasks", "average.yaml", "--scores", "it's.npz")
+    assert shlex.split(command)[-2:] == ["--scores", f"{recipe}/it's.npz"]
+    command, _ = sent("--", "merge", "average.yaml", "--stage", "st", "--trace", "t.json", "--", "-out")
+    assert command == f"merge average.yaml {recipe}/-out --stage {recipe}/st --trace {recipe}/t.json"
+    command, _ = sent("--", "verify", "a", "--no-load")
+    assert command == f"verify {recipe}/a --no-load"
+
+
+def test_gpus_are_of_the_workers_or_of_a_command_without(sent, recipe):
+    two = "--num-gpus", "2"
+    merge, verify = ("merge", "average.yaml", "out"), ("verify", "a")
+    assert sent(*two, "--", *merge) == (f"merge average.yaml {recipe}/out --workers 2 --device cuda", 0)
+    command, own_gpus = sent(*two, "--no-check", "--", "evaluate", "a", "--tasks", "average.yaml")
+    assert own_gpus == 2 and command.endswith(" --device cuda") and "--workers" not in command
+    assert "verify runs on no GPU" in sent(*two, "--", *verify)
+    assert "leave --workers away" in sent(*two, "--", *merge, "--workers", "3")
+    assert "leave --device away" in sent(*two, "--", *merge, "--device", "cpu")
+    assert "0 is not in the range" in sent("--num-gpus", "0", "--", *merge)
+
+
+def test_an_interruption_while_a_job_is_sent_says_so(sent):
+    """It may have arrived."""
+    _NoCluster.interrupted = True
+    assert "whether it runs says: raymerge jobs status raymerge-merge-average-" in sent(
+        "--", "merge", "average.yaml", "out"
+    )
 
 
 def test_secrets_are_not_put_into_a_job():
@@ -125,7 +194,7 @@ def test_a_job_runs_is_the_same_job_twice_and_passes_its_exit_code_on(recipe, jo
 
     again = _raymerge(job_server, *words)
     assert again.returncode == 0
-    assert "submitted before and is SUCCEEDED" in again.stderr
+    assert "submitted before and is SUCCEEDED" in again.stderr and "another --name" in again.stderr
 
     listed = json.loads(_raymerge(job_server, "jobs", "list", "--json").stdout)
     assert [job["state"] for job in listed] == ["SUCCEEDED"]

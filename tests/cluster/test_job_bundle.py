@@ -34,6 +34,19 @@ def test_paths_that_exist_become_absolute_and_others_stay(here):
     assert absolute_model("s3://bucket/math") == "s3://bucket/math"
 
 
+def test_a_home_folder_is_the_submitters(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    assert absolute_model("~/math+~/adapter") == f"{here}/math+{here}/adapter"
+    assert bundle_words([("~/out", True), ("~/math", False)], files={}) == [f"{here}/out", f"{here}/math"]
+
+
+def test_a_recipe_named_like_an_option_stays_a_file(here):
+    (here / "-x.yaml").write_text("merge_method: linear\n")
+    files = {}
+    assert bundle_words([("./-x.yaml", False)], files=files) == ["./-x.yaml"]
+    assert set(files) == {"-x.yaml"}
+
+
 def test_a_folder_called_like_a_method_changes_no_method(here):
     document = {
         "name": "first",
@@ -88,6 +101,9 @@ def test_the_same_command_has_the_same_name():
     assert first == identity(["merge", "ties.yaml", "/out"], {"ties.yaml": "a: 1"})
     assert first != identity(["merge", "ties.yaml", "/out"], {"ties.yaml": "a: 2"})
     assert first != identity(["merge", "ties.yaml", "/other"], {"ties.yaml": "a: 1"})
+    assert first != JobBundle(
+        command=["merge", "ties.yaml", "/out"], files={"ties.yaml": "a: 1"}, num_gpus=2
+    ).submission_id(None)
     assert identity(["merge"], {}, "my job/1").startswith("my-job-1-")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server: Any = self.server
         self._answer(*server.answers.pop(0))
 
+    def do_DELETE(self) -> None:
+        server: Any = self.server
+        self._answer(*server.deletions.pop(0))
+
     def do_PUT(self) -> None:
         self._answer(200, "{}")
 
@@ -55,7 +60,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(jobs_module, "_POLL_SECONDS", 0.01)
     made: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    made.details, made.troubles, made.num_asked, made.answers = dict(DETAILS), [], 0, []
+    made.details, made.troubles, made.num_asked, made.answers, made.deletions = dict(DETAILS), [], 0, [], []
     thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     made.jobs = Jobs(f"http://127.0.0.1:{made.server_address[1]}")
@@ -98,6 +103,41 @@ def test_a_name_that_another_takes_at_the_same_moment_is_not_an_error(server: An
     assert not server.jobs.submit("job", "sleep 1", "", environment={}, metadata={})
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_ours"),
+    [((404, "Job job does not exist"), True), ((500, "it is in a non-terminal state RUNNING."), False)],
+)
+def test_a_failed_job_that_two_submit_again_at_the_same_moment_is_not_an_error(
+    answer: tuple[int, str], is_ours: bool, server: Any
+) -> None:
+    """Both have seen it failed; the other has already freed its name, or has even begun it anew."""
+    server.details["status"] = "FAILED"
+    server.deletions += [answer]
+    server.answers += [(200, json.dumps({"job_id": "job", "submission_id": "job"}))]
+    assert server.jobs.submit("job", "sleep 1", "", environment={}, metadata={}) == is_ours
+    assert not server.deletions
+
+
+def test_the_address_that_is_given_counts_and_not_the_environments(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's client prefers its variables: the job would run on another cluster than the one named."""
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+        assert Jobs(server.jobs.address).find("job") is not None
+        with pytest.raises(ClusterError, match=r"answers at http://127\.0\.0\.1:1;"):
+            Jobs(None)
+        monkeypatch.setenv(variable, server.jobs.address)
+        assert Jobs(None).address == server.jobs.address
+        assert os.environ[variable] == server.jobs.address
+        monkeypatch.delenv(variable)
+
+
+def test_an_address_of_another_kind_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ClusterError, match=r"^gcs://head:6379 is no address of a Ray job server"):
+        Jobs("gcs://head:6379")
+
+
 def test_a_head_that_has_just_started_is_waited_for(server: Any) -> None:
     server.troubles += ["404"]
     server.answers += [(500, "No available agent to submit job, please try again later.")] * 3
@@ -114,6 +154,8 @@ def test_a_head_that_has_just_started_is_waited_for(server: Any) -> None:
     ("variables", "text", "message"),
     [
         ({"HF_TOKEN": "x"}, "", r"--env HF_TOKEN: "),
+        ({"AZURE_STORAGE_CONNECTION_STRING": "x"}, "", r"--env AZURE_STORAGE_CONNECTION_STRING: "),
+        ({"AZURE_STORAGE_SAS": "x"}, "", r"--env AZURE_STORAGE_SAS: "),
         (
             {"HTTPS_PROXY": "http://me:pass@proxy"},
             "",
@@ -135,4 +177,7 @@ def test_secrets_do_not_travel(
     with pytest.raises(RecipeError, match=message) as caught:
         check_no_secret(variables, [text])
     assert "pass" not in str(caught.value)
-    check_no_secret({"AWS_REGION": "eu-1"}, ["merge abfs://container@account.dfs.core.windows.net/x out"])
+    check_no_secret(
+        {"AWS_REGION": "eu-1", "TOKENIZERS_PARALLELISM": "false"},
+        ["merge abfs://container@account.dfs.core.windows.net/x out"],
+    )
