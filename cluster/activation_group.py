@@ -11,6 +11,8 @@ import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from raymerge.cluster import signs_of_life
+from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import NoExchange, ThreadExchange, ThreadMeeting
@@ -157,40 +159,48 @@ class RayActivationGroup:
         self._actors = []
 
     def _get(self, references: list[Any], on_tokens: OnTokens) -> list[Any]:
-        def ask() -> list[Any]:
-            return [actor.num_tokens.remote() for actor in self._actors]
-
         try:
-            return results_of(references, ask, on_tokens)
+            return results_of(references, [actor.num_tokens.remote for actor in self._actors], on_tokens)
         except WorkersLost:
             self.close()
             raise
 
 
-def results_of(references: list[Any], ask: Callable[[], list[Any]], on_tokens: OnTokens) -> list[Any]:
+def results_of(
+    references: list[Any], questions: Sequence[Callable[[], Any]], on_tokens: OnTokens
+) -> list[Any]:
     """Wait for calls to actors that work together, and return their results.
 
     Args:
         references: of the calls.
-        ask: asks every actor for its tokens; called now and then.
+        questions: ask each actor for its tokens, which it tells while it works; asked again and again.
         on_tokens: told of their sum.
 
     Raises:
-        WorkersLost: an actor died.
+        WorkersLost: an actor died, or does not answer.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-    waiting = list(references)
+    waiting, tokens = set(references), dict.fromkeys(range(len(questions)), 0)
+    life = SignsOfLife(lambda number: questions[number](), quiet_seconds=_POLL_SECONDS)
     try:
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
-            ray.get(done, timeout=60)
-            if waiting:
-                asked = ask()
-                answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
-                if len(answered) == len(asked):
-                    on_tokens(sum(ray.get(answered, timeout=60)))
+            life.look(tokens.keys())
+            asked = [*waiting, *life.questions()]
+            ray.wait(asked, num_returns=1, timeout=_POLL_SECONDS)
+            done, _ = ray.wait(asked, num_returns=len(asked), timeout=0)
+            for reference in done:
+                found = ray.get(reference, timeout=60)
+                number = life.answered(reference)
+                if number is not None:
+                    tokens[number] = found
+            waiting -= set(done)
+            on_tokens(sum(tokens.values()))
+            if waiting and (silent := life.silent()):
+                raise WorkersLost(
+                    f"worker {silent[0]} hangs: no answer in {signs_of_life.SILENT_SECONDS:g} s"
+                )
         results: list[Any] = ray.get(references, timeout=60)
         return results
     except RayTaskError as error:

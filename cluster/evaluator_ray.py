@@ -13,9 +13,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymerge.cluster import signs_of_life
 from raymerge.cluster.evaluator import Evaluator, EvaluatorJob, MergeReport, ScoreReport
 from raymerge.cluster.evaluator_gpus import Node, visible_gpu_bytes
 from raymerge.cluster.evaluator_group import Call, Event, Failure, Gone, Raised, Returned, answer
+from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.errors import ClusterError
 
 #: How long to wait for the cluster to give any evaluator before saying what is missing.
@@ -26,8 +28,9 @@ _ASK_SECONDS = 60.0
 _LOSSES_PER_EVALUATOR = 4
 
 
-# A thread for merging, one for scoring; a point is done again elsewhere, so an actor is never restarted.
-@ray.remote(max_concurrency=2, max_restarts=0, max_task_retries=0)
+# A thread for merging, one for scoring, and one of its own that says that the process lives; a point is done again
+# elsewhere, so an actor is never restarted.
+@ray.remote(max_concurrency=2, max_restarts=0, max_task_retries=0, concurrency_groups={"life": 1})
 class RayEvaluator:
     """`Evaluator` as an actor."""
 
@@ -48,6 +51,11 @@ class RayEvaluator:
     def pid(self) -> int:
         """Return the process id."""
         return os.getpid()
+
+    @ray.method(concurrency_group="life")  # type: ignore[untyped-decorator]
+    def is_alive(self) -> bool:
+        """Answer, whatever the other threads do."""
+        return True
 
 
 def nodes(with_memory: bool = False) -> list[Node]:
@@ -105,6 +113,7 @@ class RayEvaluators:
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
         self._in_flight: dict[Any, tuple[int, Call]] = {}
+        self._life = SignsOfLife(lambda number: self._actors[number].is_alive.remote())
         self._next_number = 0
         self._losses_left = 0
         self._last_alive = 0.0
@@ -142,7 +151,8 @@ class RayEvaluators:
             self._last_alive = time.monotonic()
         elif time.monotonic() - self._last_alive > START_SECONDS:
             raise ClusterError(self._shortage())
-        waiting = [*self._in_flight, *self._starting]
+        self._life.look(self._actors.keys() & {number for number, _ in self._in_flight.values()})
+        waiting = [*self._in_flight, *self._starting, *self._life.questions()]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready and len(waiting) > 1:
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
@@ -151,7 +161,15 @@ class RayEvaluators:
             if reference in self._starting:
                 events += self._joined(reference)
             elif reference in self._in_flight:
+                self._life.heard(self._in_flight[reference][0])
                 events += self._answered(reference)
+            else:
+                self._life.answered(reference)
+        for number in self._life.silent():
+            if number in self._actors:
+                seconds = f"{signs_of_life.SILENT_SECONDS:g} s"
+                reason = f"evaluator {number} hangs: no answer in {seconds}"
+                events += self._lose(number, self._actors[number], reason)
         return events
 
     def close(self) -> None:

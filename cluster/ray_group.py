@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from raymerge.cluster import signs_of_life
+from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.merge_actors.methods.prepare import TensorState
@@ -65,6 +67,7 @@ class RayGroup:
         #: those of the starting actors that have worked before, and when they were called
         self._called_again: dict[Any, float] = {}
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
+        self._life = SignsOfLife(lambda worker: self._actors[worker].is_alive.remote())
         self._next_number = 0
         #: Ray's counter of lost workers
         self._lost: Any = None
@@ -139,7 +142,8 @@ class RayGroup:
             ClusterError: for a long time there was no worker at all, or too many were lost.
         """
         self._look_after_the_cluster()
-        waiting = [*self._in_flight, *self._starting]
+        self._life.look(self._actors.keys() & {worker for worker, _ in self._in_flight.values()})
+        waiting = [*self._in_flight, *self._starting, *self._life.questions()]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready:  # everything else that is there already, in one sweep
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
@@ -148,7 +152,15 @@ class RayGroup:
             if reference in self._starting:
                 events += self._joined(reference)
             elif reference in self._in_flight:
+                self._life.heard(self._in_flight[reference][0])
                 events += self._finished(reference)
+            else:
+                self._life.answered(reference)
+        for worker in self._life.silent():
+            if worker in self._actors:
+                reason = f"worker {worker} hangs: no answer in {signs_of_life.SILENT_SECONDS:g} s"
+                self._on_remark(f"{reason}; another takes its place")
+                events += self._lose(worker, reason)
         return events
 
     def abandon(self, worker: int) -> None:

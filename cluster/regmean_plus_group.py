@@ -5,7 +5,8 @@ Passes and solves take turns, so a device serves both, and no second set of acto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raymerge.cluster.activation_group import ActivationGroup, OnTokens, ThreadGroup, WorkersLost, results_of
@@ -40,8 +41,6 @@ class HostedGroup:
 
     def start(self, job: RegMeanPlusJob) -> None:
         """Make a worker in every actor and let them meet; after a loss, in new actors."""
-        import ray
-
         if self._is_broken:
             self._group.close()  # those that are left are still in a broken group of processes
             self._is_broken = False
@@ -49,7 +48,8 @@ class HostedGroup:
         self._actors = self._group.hosts()
         self.num_workers = len(self._actors)
         made = [actor.host.remote(RegMeanPlusWorker, job, rank) for rank, actor in enumerate(self._actors)]
-        places = self._guarded(lambda: ray.get(made))
+        alive = [actor.is_alive.remote for actor in self._actors]
+        places = self._guarded(lambda: results_of(made, alive, lambda _: None))
         self.pids = [pid for pid, _ in places]
         if self.num_workers > 1:
             host = places[0][1]
@@ -60,14 +60,14 @@ class HostedGroup:
         """Call a method of every hosted worker."""
         pairs = zip(self._actors, arguments, strict=False)
         called = [actor.hosted.remote(method, *each) for actor, each in pairs]
-        return self._guarded(lambda: results_of(called, self._count_tokens, on_tokens))
+        return self._guarded(lambda: results_of(called, self._token_counts(), on_tokens))
 
     def close(self) -> None:
         """Leave the actors to the group that they belong to."""
         self._actors = []
 
-    def _count_tokens(self) -> list[Any]:
-        return [actor.hosted_value.remote("num_tokens") for actor in self._actors]
+    def _token_counts(self) -> list[Callable[[], Any]]:
+        return [functools.partial(actor.hosted_value.remote, "num_tokens") for actor in self._actors]
 
     def _guarded(self, wait: Any) -> list[Any]:
         from ray.exceptions import OutOfMemoryError, RayActorError

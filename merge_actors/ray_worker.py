@@ -27,8 +27,8 @@ from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 R = TypeVar("R", TaskReport, MeasureReport)
 
 
-# One thread a lane, and one so that a ping is answered while all lanes are busy.
-@ray.remote(max_concurrency=NUM_LANES + 1, max_restarts=0)
+# One thread a lane, and one for questions to a hosted worker; that the process lives is said by a thread of its own.
+@ray.remote(max_concurrency=NUM_LANES + 1, max_restarts=0, concurrency_groups={"life": 1})
 class RayMergeWorker:
     """`MergeWorker` as an actor; its tasks are idempotent, so the driver may repeat them."""
 
@@ -95,6 +95,11 @@ class RayMergeWorker:
     def hosted_value(self, name: str) -> Any:
         """Return an attribute of the hosted worker, also while it works."""
         return getattr(self._hosted, name)
+
+    @ray.method(concurrency_group="life")  # type: ignore[untyped-decorator]
+    def is_alive(self) -> bool:
+        """Answer, whatever the other threads do."""
+        return True
 
     def __repr__(self) -> str:
         run = self._worker.context.run_id[:12] if self._worker else "starting"

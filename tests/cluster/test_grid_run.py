@@ -317,12 +317,17 @@ def test_a_bad_model_fails_its_own_point(
     assert failed["error"].startswith("Traceback") and "/nowhere" in failed["error"]
 
 
-def test_a_killed_evaluator_costs_nothing_but_time(
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_evaluator_that_is_killed_or_stopped_costs_nothing_but_time(
     ray_session: None,
     tiny_checkpoints: Callable[..., Any],
     evaluation: EvaluationSpec,
     alone: dict[int, dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
 ) -> None:
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.QUIET_SECONDS", 0.5)
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.SILENT_SECONDS", 3.0)
     rows: list[Row] = []
     killed: list[int] = []
     options = GridOptions(device="cpu", workers=2, threads_per_evaluator=1)
@@ -333,7 +338,7 @@ def test_a_killed_evaluator_costs_nothing_but_time(
             if len(rows) == 2:
                 group: Any = runner._group
                 killed.append(next(iter(group.pids.values())))
-                os.kill(killed[0], signal.SIGKILL)
+                os.kill(killed[0], how)
 
         runner.run(grid(tiny_checkpoints("bert")), kill_one)
     assert killed

@@ -336,13 +336,16 @@ def _same_bytes(folder: Path, *names: str) -> bool:
     return one == other
 
 
-def test_a_killed_worker_repeats_the_layer_that_was_under_way(
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_worker_that_is_killed_or_stopped_repeats_the_layer_that_was_under_way(
     ray_session: None,
     make_candidates: Callable[[str], list[Path]],
     texts: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
 ) -> None:
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.SILENT_SECONDS", 3.0)
     recipe = _recipe(make_candidates("llama"), texts)
     raymerge.merge(recipe, tmp_path / "expected", in_process=True, workers=1)
     call = HostedGroup.call
@@ -352,7 +355,7 @@ def test_a_killed_worker_repeats_the_layer_that_was_under_way(
         if method == "measure":
             measured.append(arguments[0][0].number)
             if measured.count(2) == 1 and measured[-1] == 2:
-                os.kill(self.pids[1], signal.SIGKILL)
+                os.kill(self.pids[1], how)
         return call(self, method, arguments, on_tokens)
 
     monkeypatch.setattr(HostedGroup, "call", kill_in_second_layer)

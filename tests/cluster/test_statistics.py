@@ -291,9 +291,16 @@ def test_expected_fisher_of_a_head_bias_is_its_analytic_value(
     torch.testing.assert_close(found.double(), torch.stack(values).mean(dim=0), rtol=1e-5, atol=1e-8)
 
 
-def test_a_killed_worker_makes_the_layer_group_start_again(
-    ray_session: None, tiny_checkpoints: Callable[..., Any], texts: Path, tmp_path: Path
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_makes_the_layer_group_start_again(
+    ray_session: None,
+    tiny_checkpoints: Callable[..., Any],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
 ) -> None:
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.SILENT_SECONDS", 3.0)
     model = tiny_checkpoints("llama").models[0]
     _collect(model, tmp_path / "expected", texts)
     budget = _budget_gib(model, texts, tmp_path, is_streamed=True)
@@ -303,7 +310,7 @@ def test_a_killed_worker_makes_the_layer_group_start_again(
     def kill_one(progress: StatisticsProgress) -> None:
         if not killed:
             killed.append(progress.pids[1])
-            os.kill(progress.pids[1], signal.SIGKILL)
+            os.kill(progress.pids[1], how)
 
     result = _collect(
         model,
