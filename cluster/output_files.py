@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from raymerge.cluster.chat_template import choose_template, write_template
 from raymerge.cluster.head_files import write_heads
 from raymerge.cluster.heads import Heads, set_labels
@@ -81,7 +79,7 @@ def write_metadata_files(
         if template is not None and has_tokenizer(tokenizer_folder(source)):
             write_template(folder, template)
         remarks += _copy_others(folder, donor)
-        text = recipe_text(recipe)
+        text = recipe.to_yaml()
         with open(os.path.join(folder, RECIPE_NAME), "w", encoding="utf-8") as file:
             file.write(text)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
@@ -89,11 +87,6 @@ def write_metadata_files(
     except OSError as error:
         raise write_error(folder, error) from error
     return remarks
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe in its normal form as YAML: read again it is equal."""
-    return yaml.safe_dump(recipe.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _write_configs(

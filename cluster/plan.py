@@ -43,9 +43,6 @@ from raymerge.merge_actors.task import (
     SolveTask,
 )
 
-#: (recipe number, tensor): one output tensor of the campaign.
-OutputKey = tuple[int, str]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipePlan:

@@ -210,7 +210,7 @@ class Recipe:
         return mapping
 
     def to_yaml(self) -> str:
-        """Return the normal form as YAML, keys in the order of `to_mapping`."""
+        """Return the normal form as YAML: read again it is this recipe."""
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
 
 

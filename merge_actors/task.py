@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from raymerge.merge_actors.dtypes import element_bytes
 from raymerge.merge_actors.methods.interface import Settings, Summary
-from raymerge.merge_actors.methods.prepare import Round, TensorState
+from raymerge.merge_actors.methods.prepare import Round
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +393,3 @@ class MeasureReport:
     merge_seconds: float
     fetched_bytes: int = 0
     """Bytes that came from object stores since the worker's last report."""
-
-
-#: states by number, as they travel with a merge task
-States = Mapping[int, TensorState]

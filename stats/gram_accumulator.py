@@ -72,11 +72,6 @@ class GramAccumulator:
                 by_tier[tier] = packed_T
             shard_II.zero_()
 
-    def drop_shard(self) -> None:
-        """Forget the running shard."""
-        for shard_II in self._shard_II.values():
-            shard_II.zero_()
-
     def non_finite(self) -> Iterator[Key]:
         """Yield the keys whose running shard has seen NaN or infinity."""
         for key, shard_II in self._shard_II.items():

@@ -59,11 +59,6 @@ class FactorReport:
     is_float64: bool
     """Was float32 too narrow?"""
 
-    @property
-    def is_rank_deficient(self) -> bool:
-        """Return whether the data leave some directions open, which then stay near the mean."""
-        return self.jitter > 0
-
 
 class Factor:
     """The Cholesky factor of a scaled matrix A; solves X A = B for the rows of B."""

@@ -2,8 +2,9 @@
 
     W* = argmin_W sum_m c_m |X_m (W - W_m)^T|^2,    c_m = weight_m / rows_m, or weight_m
 
-A tensor that is no linear map, and so has no Gram matrix, is averaged. The solve is in
-`regmean_solve.py`; here is the method as a recipe sees it.
+Jin et al. 2022, arXiv:2212.09849, section 3; `alpha` scales the off-diagonal of each X_m^T X_m. A tensor
+that is no linear map, and so has no Gram matrix, is averaged. The solve is in `regmean_solve.py`; here is the
+method as a recipe sees it.
 """
 
 from __future__ import annotations
@@ -13,43 +14,11 @@ from typing import TYPE_CHECKING
 
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods.interface import Method, Parameter, Settings
-from raymerge.merge_actors.methods.positive_definite import FactorReport
-from raymerge.merge_actors.methods.regmean_solve import GramSums, InputGram
 
 if TYPE_CHECKING:
     import torch
 
     from raymerge.merge_actors.methods.block import Block
-
-
-def solve_regmean(
-    models: Sequence[torch.Tensor],
-    grams: Sequence[InputGram],
-    *,
-    weights: Sequence[float],
-    alpha: float,
-    normalize: str = "tokens",
-    is_transposed: bool = False,
-) -> tuple[torch.Tensor, FactorReport]:
-    """Merge one matrix: W* = (sum_m c_m W_m G~_m) (sum_m c_m G~_m)^-1, G~ = alpha G + (1 - alpha) diag G.
-
-    Jin et al. 2023, arXiv:2212.09849, section 3; we solve for the distance from the mean
-    of the models. For several matrices or alphas use `GramSums`, which shares the work.
-
-    Args:
-        models: one tensor (O, I) per model, any float dtype.
-        grams: of the inputs, one per model.
-        weights: one per model, none negative, not all 0.
-        alpha: in [0, 1]; 1 is plain RegMean, 0 a mean weighted by the diagonals.
-        normalize: "tokens" or "sum".
-        is_transposed: the tensors are (I, O).
-
-    Returns:
-        The merged matrix in the layout of the inputs, float32 (float64 for float64 inputs), and what
-        was found on the way.
-    """
-    factor = GramSums(grams, weights, normalize).factor(alpha)
-    return factor.merge([models], is_transposed=is_transposed)[0], factor.report
 
 
 def check_rows(name: str, num_rows: Sequence[int], in_features: int, alpha: float, force: bool) -> str | None:

@@ -10,7 +10,6 @@ open stay near it, as far as the rounding of float32 Grams allows.
     GramSums        A for any alpha, from one pass over the Grams; one per input
     .factor(alpha)  one factorisation, for all matrices that share the input (q, k, v) and all rows
     .merge(...)     the matrices, whole or cut between output rows
-    SweepSums       everything that any alpha needs, from one pass over Grams and weights
 
 Output rows are independent. They are computed in blocks of `ROW_UNIT`; where every cut lies at
 a multiple of it the result does not depend on the cuts, bit for bit, on one kind of device and
@@ -171,42 +170,6 @@ class RegMeanFactor:
                 for begin, end in rows.blocks():
                     cross_OI[begin:end].addmm_(rows.about_mean(model, begin, end).to(gram_II.dtype), gram_II)
         return [rows.merged(cross_OI, self.factor) for rows, cross_OI in zip(sets, crosses, strict=True)]
-
-
-class SweepSums:
-    """What an alpha grid needs of matrices that share an input, from one pass over Grams and weights.
-
-    sum G and sum diag G are in `sums`; here are sum (W - Wbar) G and sum (W - Wbar) diag G, in
-    float64, of W's shape each. A point of the grid then costs its factorisation and its solves.
-    """
-
-    def __init__(
-        self, sums: GramSums, matrices: Sequence[Sequence[torch.Tensor]], *, is_transposed: bool = False
-    ) -> None:
-        """Add up; the arguments are those of `RegMeanFactor.merge`."""
-        import torch
-
-        self.sums = sums
-        self._sets = [_Rows(models, sums, is_transposed, torch.float64) for models in matrices]
-        self._full = [rows.zeros(torch.float64) for rows in self._sets]
-        self._diagonal = [rows.zeros(torch.float64) for rows in self._sets]
-        for model, gram_II in sums.unpacked(torch.float64):
-            for rows, full_OI, diagonal_OI in zip(self._sets, self._full, self._diagonal, strict=True):
-                for begin, end in rows.blocks():
-                    delta_RI = rows.about_mean(model, begin, end)
-                    full_OI[begin:end].addmm_(delta_RI, gram_II)
-                    diagonal_OI[begin:end].addcmul_(delta_RI, gram_II.diagonal())
-
-    def merge(self, alpha: float) -> tuple[list[torch.Tensor], FactorReport]:
-        """Merge with one alpha: the matrices in order, and the report of their factorisation."""
-        import torch
-
-        factor = self.sums.factor(alpha).factor
-        merged = [
-            rows.merged(torch.lerp(diagonal_OI, full_OI, alpha), factor)
-            for rows, full_OI, diagonal_OI in zip(self._sets, self._full, self._diagonal, strict=True)
-        ]
-        return merged, factor.report
 
 
 class _Rows:
