@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.connect import Device, choose_device, local_resources
@@ -103,7 +102,7 @@ def read_evaluation(source: str | os.PathLike[str] | Mapping[str, Any] | Sequenc
     """
     value: Any = source
     if isinstance(source, str | os.PathLike):
-        documents = read_documents(Path(source))
+        documents = read_documents(source)
         if len(documents) != 1:
             raise RecipeError(f"{os.fspath(source)} holds {len(documents)} documents; one is needed.")
         value = documents[0].value

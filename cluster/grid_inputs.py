@@ -19,6 +19,7 @@ from raymerge.cluster.grid_points import fingerprint
 from raymerge.cluster.model_ref import ModelRef, parse_model
 from raymerge.cluster.opened import OpenedInputs, refs_of
 from raymerge.cluster.recipe import Recipe
+from raymerge.stats.remote_data import local_data
 
 #: Files up to this size are read whole for a fingerprint; larger ones count by length and time.
 _HASHED_BYTES = 256 << 20
@@ -75,7 +76,7 @@ class GridInputs:
         self._note(path, "", lambda: opened.open_statistics(path).fingerprint)
 
     def _note_path(self, text: str) -> None:
-        path = os.path.expanduser(text)
+        path = local_data(text)
         if os.path.exists(path):
             self._note(text, "", lambda: path_fingerprint(path))
 

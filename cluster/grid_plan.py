@@ -28,9 +28,11 @@ from raymerge.cluster.recipe_statistics import ToMeasure
 from raymerge.cluster.remarks import as_note, without_recipe
 from raymerge.cluster.yaml_source import Document
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.stats.evaluation.spec_reader import PATHS
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 from raymerge.stats.own_code import code_remark
+from raymerge.stats.remote_data import local_data
 
 _UNKNOWN_KEY = "is unknown and has no effect"
 
@@ -248,13 +250,16 @@ def _without_parameters(value: Any) -> Any:
 def _file_fingerprints(tasks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the fingerprint of every local file that the tasks name, and of every folder of data or code.
 
-    Elsewhere a text that names a folder is none: a stop text "." is not the working folder.
+    Elsewhere a text that names a folder is none: a stop text "." is not the working folder. Data in a store count
+    by their content as well.
     """
     named = {
         text
         for task in tasks
         for key, value in task.items()
         for text in texts(value)
-        if os.path.isfile(path := os.path.expanduser(text)) or (key in PATHS and os.path.exists(path))
+        if os.path.isfile(path := os.path.expanduser(text))
+        or (key in PATHS and os.path.exists(path))
+        or (key in ("validation", "test") and is_remote(text))
     }
-    return {text: path_fingerprint(text) for text in sorted(named)}
+    return {text: path_fingerprint(local_data(text)) for text in sorted(named)}

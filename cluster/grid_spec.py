@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from raymerge.cluster.grid_axes import NAME, Axis, Dimension, read_dimensions
@@ -209,8 +209,7 @@ def _document(source: GridSource) -> tuple[Document, str]:
     if isinstance(source, str) and "\n" in source:
         documents, file, name = parse_documents(source, "grid"), "the text", "grid"
     else:
-        path = Path(source)
-        documents, file, name = read_documents(path), str(path), path.stem
+        documents, file, name = read_documents(source), os.fspath(source), PurePath(source).stem
     if len(documents) != 1:
         raise RecipeError(f"{file} holds {len(documents)} YAML documents; a grid is one.")
     return documents[0], name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from raymerge.cluster.method_parameters import find_method
@@ -85,8 +85,7 @@ def _documents(
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         return parse_documents(source, "recipe"), "merge"
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        return read_documents(path), path.stem
+        return read_documents(source), PurePath(source).stem
     return [Document(value=each, origin=Origin()) for each in source], "merge"
 
 

@@ -7,15 +7,17 @@ more than `MAX_NUM_NODES` values through aliases ("billion laughs") or refer to 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from raymerge.cluster.origin import Origin, join
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.storage.folders import reading
+from raymerge.merge_actors.storage.uris import absolute, is_remote, without_file_scheme
 
 MAX_TEXT_BYTES = 4 << 20
 #: A recipe of 1000 models with 20 parameters each has about 50,000.
@@ -34,15 +36,16 @@ class Document:
     """The file, and the line of every key path."""
 
 
-def read_documents(path: Path) -> list[Document]:
-    """Read every document of a file.
+def read_documents(path: str | os.PathLike[str]) -> list[Document]:
+    """Read every document of a file, local or in an object store.
 
     Raises:
         RecipeError: if the file cannot be read, is no text, or is no YAML that is allowed.
+        CheckpointError: the store has no such object, or fails.
     """
+    path = without_file_scheme(os.fspath(path))
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
+        data = _beginning(path)
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
     try:
@@ -51,7 +54,16 @@ def read_documents(path: Path) -> list[Document]:
         if len(data) <= MAX_TEXT_BYTES:
             raise RecipeError(f"{path} is not a text in UTF-8 (byte {error.start}).") from error
         text = data.decode("latin-1")
-    return parse_documents(text, str(path))
+    return parse_documents(text, path)
+
+
+def _beginning(path: str) -> bytes:
+    """Return a file as far as it may be long, and a byte more."""
+    if is_remote(path):
+        with reading(absolute(path)) as reader:
+            return reader.read(0, MAX_TEXT_BYTES + 1)
+    with open(path, "rb") as file:  # which may be a pipe
+        return file.read(MAX_TEXT_BYTES + 1)
 
 
 def parse_documents(text: str, file: str) -> list[Document]:

@@ -1,4 +1,4 @@
-"""Read the rows of a calibration set: local Parquet, JSONL, CSV or text, or a `datasets` name.
+"""Read the rows of a calibration set: Parquet, JSONL, CSV or text, local or in a store, or a `datasets` name.
 
 Only the columns that are asked for are kept. Rows without text are dropped, then a fixed
 subset of the rest is taken; nothing depends on how many workers there are.
@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.errors import RecipeError
-from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
+from raymerge.merge_actors.storage.uris import without_file_scheme
 from raymerge.stats.data_files import FORMATS, read_files
+from raymerge.stats.remote_data import local_data
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,7 +30,7 @@ class DataSpec:
     """What a calibration set is and how it becomes examples."""
 
     source: str
-    """A local file or folder, or the name of a data set on the Hugging Face Hub."""
+    """A file or folder, local or in a store, or the name of a data set on the Hugging Face Hub."""
     config: str | None = None
     """Configuration of a data set on the Hub."""
     split: str | None = None
@@ -209,7 +210,7 @@ def read_table(spec: DataSpec, remarks: list[str]) -> pyarrow.Table:
     Raises:
         RecipeError: there is no such source, or it cannot be read.
     """
-    path = os.path.expanduser(spec.source)
+    path = local_data(spec.source)
     if not os.path.exists(path):
         return _read_hub(spec)
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "dataset_info.json")):
@@ -274,11 +275,6 @@ def _read_saved(spec: DataSpec, path: str) -> pyarrow.Table:
 
 
 def _read_hub(spec: DataSpec) -> pyarrow.Table:
-    if is_remote(spec.source):
-        raise RecipeError(
-            f"the data {spec.source!r} are in a store; calibration data are local files: copy them to a folder that "
-            "every node sees."
-        )
     import datasets
 
     if spec.source.startswith(("/", ".", "~")) or os.path.splitext(spec.source)[1] in FORMATS:

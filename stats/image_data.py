@@ -24,6 +24,7 @@ from raymerge.stats.calibration_data import (
 )
 from raymerge.stats.data_rows import DataSpec, Rows, check_columns, read_table, take
 from raymerge.stats.own_code import load_with_code
+from raymerge.stats.remote_data import local_data
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -31,7 +32,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 def are_images(spec: DataSpec) -> bool:
     """Return whether a source is a column of images, or a folder of image files."""
-    folder = os.path.expanduser(spec.source)
+    folder = local_data(spec.source)
     return spec.image_column is not None or (os.path.isdir(folder) and bool(_image_files(folder)))
 
 
@@ -190,7 +191,7 @@ def _read_rows(spec: DataSpec) -> Rows:
     remarks: list[str] = []
     labels: list[Any] | None = None
     if spec.image_column is None:
-        folder = os.path.expanduser(spec.source)
+        folder = local_data(spec.source)
         images = [ImageSource(path=path) for path in _image_files(folder)]
         kept = [*range(len(images))]
     else:
@@ -216,7 +217,7 @@ def _read_rows(spec: DataSpec) -> Rows:
 
 def _column(spec: DataSpec, values: Sequence[Any]) -> tuple[list[ImageSource], list[int]]:
     """Return the images of a column (`datasets` keeps {bytes, path}; else bytes or paths), and the rows with one."""
-    folder = os.path.expanduser(spec.source)
+    folder = local_data(spec.source)
     folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
     images, kept = [], []
     for row, value in enumerate(values):

@@ -113,11 +113,16 @@ def exists(path: str) -> bool:
     Raises:
         CheckpointError: a store refuses, or keeps failing.
     """
-    if is_remote(path):
-        return (
-            with_retries(lambda: store_of(path).entry(path), f"look at {path}", CheckpointError) is not None
-        )
-    return os.path.exists(path)
+    return remote_entry(path) is not None if is_remote(path) else os.path.exists(path)
+
+
+def remote_entry(uri: str) -> Entry | None:
+    """Return what there is under a URI; None if nothing.
+
+    Raises:
+        CheckpointError: a store refuses, or keeps failing.
+    """
+    return with_retries(lambda: store_of(uri).entry(uri), f"look at {uri}", CheckpointError)
 
 
 def map_concurrently(function: Callable[[S], T], items: Sequence[S], paths: Sequence[str]) -> list[T]:

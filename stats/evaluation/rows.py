@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.stats.data_rows import DataSpec, check_columns, choose, read_table
 from raymerge.stats.evaluation.task_spec import Split, TaskSpec
+from raymerge.stats.remote_data import local_data
 
 #: Names that the files or folders of a split have.
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -148,7 +149,7 @@ def _is_there(value: Any) -> bool:
 def _data_spec(task: TaskSpec, split: Split, columns: Sequence[str]) -> DataSpec:
     """Find out what a split is on disk or on the Hub: a file, files of a folder, a split of a data set."""
     parts = task.data(split)
-    source = os.path.expanduser(parts["source"])
+    source = local_data(parts["source"])
     name = parts.get("split")
     if os.path.isdir(source):
         name = name or _split_of_folder(source, split)
