@@ -86,14 +86,14 @@ def merge_command(
     if as_json:
         print_json(result.to_mapping())
     elif not quiet:
-        from raymerge.cluster.progress import gib
+        from raymerge.cluster.progress import counted, gib
 
         totals, places = result.totals, ", ".join(result.outputs)
         moved = totals.read_bytes + totals.write_bytes
         click.echo(
             f"merged into {places} in {result.seconds:.1f} s: {gib(totals.read_bytes)} read, "
             f"{gib(totals.write_bytes)} written, {moved / result.seconds / 1e9:.2f} GB/s over all, "
-            f"{result.num_workers} workers on {result.device}"
+            f"{counted(result.num_workers, 'worker')} on {result.device}"
             + (
                 f", {result.num_resumed:,} of {result.num_tasks:,} tasks resumed"
                 if result.num_resumed

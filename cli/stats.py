@@ -141,11 +141,14 @@ def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: A
 
 
 def _summary(result: StatisticsResult) -> str:
+    from raymerge.cluster.progress import counted
+
     found = result.to_mapping()
     what = "linear maps" if found["kind"] == "gram" else "tensors"
     lines = [
-        f"wrote {found['out']} in {found['seconds']:.1f} s: {found['tokens']:,} tokens of {found['examples']:,} "
-        f"examples, {found['workers']} workers on {found['device']}, {found['groups']} layer groups",
+        f"wrote {found['out']} in {found['seconds']:.1f} s: {counted(found['tokens'], 'token')} of "
+        f"{counted(found['examples'], 'example')}, {counted(found['workers'], 'worker')} on {found['device']}, "
+        f"{counted(found['groups'], 'layer group')}",
         f"coverage: {found['covered']:,} of {found['expected']:,} {what} have statistics",
     ]
     if found["uncovered"]:

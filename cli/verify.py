@@ -22,7 +22,7 @@ def verify_command(out: str, load: bool, trust_remote_code: bool, as_json: bool)
     tokenizer and weights load in transformers (code of a checkpoint is not run unasked). OUT is the
     folder of one merge, or of a campaign. Exits with 1 at the first difference.
     """
-    from raymerge.cluster.compare import counted
+    from raymerge.cluster.progress import counted, gib
     from raymerge.cluster.verify import verify
 
     result = verify(out, load=load, trust_remote_code=trust_remote_code)
@@ -36,7 +36,7 @@ def verify_command(out: str, load: bool, trust_remote_code: bool, as_json: bool)
         rate = output.num_bytes / max(output.seconds, 1e-9) / 1e9
         line = (
             f"{output.folder}: {counted(output.num_tensors, 'tensor')} in {counted(output.num_files, 'file')} "
-            f"as written, {output.num_bytes / 2**30:.2f} GiB read at {rate:.2f} GB/s"
+            f"as written, {gib(output.num_bytes)} read at {rate:.2f} GB/s"
         )
         if output.load is not None and output.load.how != "skipped":
             preposition = "as" if output.load.how == "loaded" else "with"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from raymerge.cluster.layers import main_stacks
 from raymerge.cluster.matched import LoadedModel
+from raymerge.cluster.progress import counted
 from raymerge.cluster.vocabulary_rows import num_rows_of
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
@@ -208,11 +209,6 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _tensors(count: int) -> str:
     return counted(count, "tensor")
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 tensor", "2,000 tensors"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.cluster.compare import counted
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
+from raymerge.cluster.progress import counted
 from raymerge.cluster.recipe import Recipe
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float

@@ -17,7 +17,6 @@ from raymerge.cluster.compare import (
     Difference,
     ModelSummary,
     compare_headers,
-    counted,
     find_tensor,
     summarize,
 )
@@ -33,6 +32,7 @@ from raymerge.cluster.measure import (
 )
 from raymerge.cluster.model_ref import parse_model
 from raymerge.cluster.parallel import num_usable_threads
+from raymerge.cluster.progress import counted
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.dtypes import is_float

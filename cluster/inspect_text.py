@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from raymerge.cluster.inspect import Comparison, Inspection
 from raymerge.cluster.measure import QUANTILES
+from raymerge.cluster.progress import gib
 
 
 def inspection_text(found: Inspection, num_tensors: int = 0) -> str:
@@ -30,7 +31,7 @@ def _lines(found: Inspection, num_tensors: int) -> Iterator[str]:
         yield f"{model.model}" + ("  (base)" if model.model == found.base else "")
         yield (
             f"  {model.architecture}: {model.num_parameters:,} parameters in {model.num_tensors:,} tensors, "
-            f"{model.num_bytes / 2**30:.2f} GiB"
+            f"{gib(model.num_bytes)}"
         )
         yield f"  {model.num_layers} layers, {vocabulary}; {dtypes or 'no elements'}"
         for alias, kept in model.tied.items():

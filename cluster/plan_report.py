@@ -16,7 +16,7 @@ from raymerge.cluster.campaign import (
 )
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan
-from raymerge.cluster.progress import gib
+from raymerge.cluster.progress import counted, gib
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import describe_missing
 from raymerge.merge_actors.methods import METHODS
@@ -58,7 +58,8 @@ def plan_report(
 def plan_text(report: dict[str, Any]) -> str:
     """Lay a plan report out as text."""
     lines = [
-        f"{report['num_tasks']:,} tasks; reads {gib(report['read_bytes'])}, writes {gib(report['write_bytes'])}"
+        f"{counted(report['num_tasks'], 'task')}; reads {gib(report['read_bytes'])}, "
+        f"writes {gib(report['write_bytes'])}"
         + (
             f"; {report['num_measured_tensors']:,} tensors are measured first, {gib(report['measure_bytes'])} a round"
             if report["num_measured_tensors"]
@@ -79,8 +80,8 @@ def plan_text(report: dict[str, Any]) -> str:
         )
     for recipe in report["recipes"]:
         lines.append(
-            f"recipe {recipe['name']}: {recipe['method']}, {len(recipe['tensors']):,} tensors, "
-            f"{gib(recipe['write_bytes'])} in {recipe['num_files']} files"
+            f"recipe {recipe['name']}: {recipe['method']}, {counted(len(recipe['tensors']), 'tensor')}, "
+            f"{gib(recipe['write_bytes'])} in {counted(recipe['num_files'], 'file')}"
         )
         lines += _coverage_text(recipe)
         if recipe["is_waiting"]:

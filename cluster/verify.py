@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymerge.cluster.compare import counted
 from raymerge.cluster.heads import label_fault
 from raymerge.cluster.load_check import LoadCheck, check_load
 from raymerge.cluster.manifest import FORMAT_VERSION
 from raymerge.cluster.parallel import map_in_order, num_usable_threads
+from raymerge.cluster.progress import counted
 from raymerge.cluster.remote_verify import REMARK, loadable
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.merge_actors.checkpoint.files import read_json

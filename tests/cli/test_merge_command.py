@@ -43,7 +43,7 @@ def test_summary_is_one_line_on_stdout(recipe: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     pattern = (
         r"merged into \S+/out in [\d.]+ s: [\d.]+ [KMG]iB read, [\d.]+ [KMG]iB written, [\d.]+ GB/s over all, "
-        r"1 workers? on cpu\n"
+        r"1 worker on cpu\n"
     )
     assert re.fullmatch(pattern, found.stdout), found.stdout
     assert found.stderr == ""

@@ -59,7 +59,7 @@ def test_text_names_tasks_memory_disk_and_treatments(recipe: Path, family: Any) 
     found = plan(recipe)
     assert found.exit_code == 0 and found.stderr == ""
     lines = found.stdout.splitlines()
-    assert re.fullmatch(r"1 tasks?; reads [\d.]+ KiB, writes [\d.]+ KiB", lines[0])
+    assert re.fullmatch(r"1 task; reads [\d.]+ KiB, writes [\d.]+ KiB", lines[0])
     assert lines[1].startswith("memory of a worker about ") and lines[2].startswith("disk needed ")
     assert sum(line.startswith("  input ") for line in lines) == 3
     assert any(line.startswith("recipe ties: ties, ") for line in lines)

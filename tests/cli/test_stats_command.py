@@ -38,7 +38,7 @@ def test_the_summary_is_the_result(model: Path, texts: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"wrote {out} in ")
-    assert lines[0].endswith("18 tokens of 9 examples, 1 workers on cpu, 1 layer groups")
+    assert lines[0].endswith("18 tokens of 9 examples, 1 worker on cpu, 1 layer group")
     assert lines[1] == "coverage: 8 of 8 linear maps have statistics"
     assert lines[2].startswith("Gram update ")
     assert "note: lm_head.weight is tied to the embedding" in done.stderr
