@@ -61,6 +61,11 @@ def output(tiny_checkpoints: Callable[..., Any], tmp_path: Path) -> Path:
     return folder
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return found
+
+
 def _edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
@@ -219,8 +224,26 @@ def test_the_index_is_checked(output: Path) -> None:
     index["weight_map"]["model.norm.weight"] = "model-00009-of-00009.safetensors"
     path.write_text(json.dumps(index))
     _refused(output, "puts tensor model.norm.weight into model-00009-of-00009.safetensors; the manifest says")
+    index["weight_map"] = {name: row["file"] for name, row in _manifest(output)["tensors"].items()}
+    path.write_text(json.dumps(index))
+    verify(output, load=False)
+    index["weight_map"]["surplus"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    _refused(output, "puts tensor surplus into model-00001-of-.*; the manifest says there is no such tensor")
     path.unlink()
     _refused(output, "cannot read .*index.json")
+
+
+def test_a_tensor_belongs_to_one_file_and_to_the_one_of_the_manifest(tmp_path: Path) -> None:
+    one, two = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"a": torch.ones(8)}, one)
+    save_file({"b": torch.ones(8)}, two)
+    _write_manifest(tmp_path)
+    _edit_manifest(tmp_path, lambda manifest: manifest["tensors"]["b"].update(file=one.name))
+    _refused(tmp_path, f"file of tensor b in {two} is {two.name}; the manifest says {one.name}")
+    _write_manifest(tmp_path)
+    save_file({"a": torch.ones(8)}, two)
+    _refused(tmp_path, f"tensor a stands in both {one} and {two}")
 
 
 def test_a_damaged_or_newer_manifest_is_named(output: Path) -> None:
@@ -229,6 +252,12 @@ def test_a_damaged_or_newer_manifest_is_named(output: Path) -> None:
     _write_manifest(output)
     _edit_manifest(output, lambda manifest: manifest["tensors"]["model.norm.weight"].pop("checksum"))
     _refused(output, f"{MANIFEST} is damaged")
+    for damage in ({"checksum": "0123"}, {"file": "elsewhere.safetensors"}, {"checksum_chunk_bytes": 0}):
+        _write_manifest(output)
+        _edit_manifest(
+            output, lambda manifest, row=damage: manifest["tensors"]["model.norm.weight"].update(row)
+        )
+        _refused(output, f"{MANIFEST} is damaged")
     (output / MANIFEST).write_text("{")
     _refused(output, "is not valid JSON")
     (output / MANIFEST).unlink()

@@ -130,6 +130,11 @@ def test_weights_that_cancel_meet_half_way() -> None:
     assert torch.equal(merge(models, None, FLAT, (1, -1)), merge(models, None, FLAT, (1, 1)))
 
 
+def test_only_the_ratio_of_the_weights_counts() -> None:
+    models = [torch.randn(9), torch.randn(9)]
+    assert torch.equal(merge(models, None, FLAT, (-1, -3)), merge(models, None, FLAT, (1, 3)))
+
+
 def test_only_last_axis_vectors_need_whole_rows() -> None:
     splits = [
         split_of(METHODS["nuslerp"], settings_of(mode, (1, 1)), SPARSIFIERS)
