@@ -207,7 +207,7 @@ def _checked_words(
 
 def _given(checked: click.Context, arguments: list[str]) -> dict[str, Any]:
     """Return what was typed by parameter, as it was typed: what a type makes of it need not be a word again."""
-    inner = click.Context(checked.command, info_name=checked.info_name)
+    inner = click.Context(checked.command, info_name=checked.info_name, parent=checked.parent)
     typed, _, _ = checked.command.make_parser(inner).parse_args(list(arguments))
     return {name: value for name, value in typed.items() if isinstance(value, (str, bool, list, tuple))}
 

@@ -75,6 +75,12 @@ def test_the_nodes_get_this_clone_at_its_pins_and_the_token(name):
     assert "~/.ray/auth_token" in mounts.values()
     source = next(there for there, here in mounts.items() if here == ".")
     setup = " ".join(config["setup_commands"])
+    if (
+        "docker" in config
+    ):  # installed from a copy: pip leaves `build` behind, and the files are the host user's
+        assert f"rm -rf /tmp/raymerge-source && cp -r {source} /tmp/raymerge-source" in setup
+        assert "sudo chown $(id -u):$(id -g) /home/ray/.ray /home/ray/.ray/auth_token && chmod 600" in setup
+        source = "/tmp/raymerge-source"
     assert f"-c {source}/requirements/constraints.txt {source}" in setup
     assert "chmod 600" in setup
     assert (ROOT / "requirements" / "constraints.txt").exists()
@@ -93,6 +99,38 @@ def test_clouds_scale_gpu_workers_beside_a_head_that_does_no_work(name):
         assert f":{_ray_pin()}-" in image
 
 
+def test_aws_takes_the_machines_as_they_are_described():
+    """Ray's own default image is of 2022: its driver does not run today's torch."""
+    text, config = (ROOT / FILES[0]).read_text(), _load(FILES[0])
+    for node_type in config["available_node_types"].values():
+        node = node_type["node_config"]
+        assert f"ImageId: {node['ImageId']}        # EDIT" in text
+        for volume in (each["Ebs"] for each in node["BlockDeviceMappings"]):
+            assert volume["VolumeType"] == "gp3"
+            # EC2 refuses more than 0.25 MiB/s for each operation a second, of which 3000 come unasked.
+            assert volume.get("Throughput", 125) <= 0.25 * volume.get("Iops", 3000)
+
+
+def test_google_takes_the_machines_as_they_are_described():
+    """A G2 machine takes no standard disk, which is the default; the driver may only come with the first start."""
+    config = _load("deploy/gcp.yaml")
+    node = config["available_node_types"]["gpu"]["node_config"]
+    parameters = node["disks"][0]["initializeParams"]
+    zone = config["provider"]["availability_zone"]
+    assert node["machineType"].startswith("g2-")
+    assert parameters["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+    assert {"key": "install-nvidia-driver", "value": "True"} in node["metadata"]["items"]
+    (wait,) = config["initialization_commands"]
+    assert wait.startswith("if lspci | grep -qi nvidia; then timeout")
+
+
+@pytest.mark.parametrize("name", [FILES[0], "deploy/gcp.yaml", "deploy/azure.yaml", KUBERNETES[0]])
+def test_the_example_asks_for_gpus_where_none_is_up_yet(name):
+    """Without, a merge takes what there is: CPUs, on the first GPU machine that comes."""
+    (example,) = [line for line in (ROOT / name).read_text().splitlines() if "raymerge submit" in line]
+    assert "--num-gpus" in example
+
+
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_the_kubernetes_files_have_the_operators_shape(name):
     document = _load(name)
@@ -100,7 +138,10 @@ def test_the_kubernetes_files_have_the_operators_shape(name):
     cluster = document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == _ray_pin()
     assert cluster["authOptions"] == {"mode": "token"}
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    start = cluster["headGroupSpec"]["rayStartParams"]
+    assert start["num-cpus"] == "0"
+    # The operator asks the dashboard how its job stands; else nobody outside the pod does.
+    assert start.get("dashboard-host") == (None if document["kind"] == "RayJob" else "127.0.0.1")
     (group,) = cluster["workerGroupSpecs"]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     (worker,) = group["template"]["spec"]["containers"]
