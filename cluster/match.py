@@ -22,6 +22,7 @@ from raymerge.cluster.match_rules import (
 )
 from raymerge.cluster.matched import LoadedModel, MergedTensor, Operand, Statistic
 from raymerge.cluster.model_ref import ModelRef
+from raymerge.cluster.name_prefix import prefix_hint
 from raymerge.cluster.places import Place, places_by_slice
 from raymerge.cluster.plain_tensors import PlainTensors
 from raymerge.cluster.recipe import LayerSlice, Measurement, Module, Recipe, SourceUse
@@ -325,10 +326,15 @@ class _Matcher:
         ]
         policy = self.recipe.missing
         if policy == "error":
+            where = f"tensor {place.name} stands in model {present[0].model} but not in {', '.join(lacking)}"
+            one, other = (
+                (key, self.models[key].checkpoint.tensors) for key in (present[0].model, lacking[0])
+            )
+            if hint := prefix_hint(one, other):
+                raise MismatchError(f"{where}: {hint}")
             raise MismatchError(
-                f"tensor {place.name} stands in model {present[0].model} but not in {', '.join(lacking)}; say in "
-                f"{self.recipe.origin.file or 'the recipe'} what to do with such tensors: missing: base (take the "
-                "base's), present (average the models that have it) or drop"
+                f"{where}; say in {self.recipe.origin.file or 'the recipe'} what to do with such tensors: missing: "
+                "base (take the base's), present (average the models that have it) or drop"
             )
         if policy == "drop":
             self._note("left out, not all models have it", place.name)
