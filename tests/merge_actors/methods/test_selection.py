@@ -193,6 +193,21 @@ def test_a_misleading_sample_costs_rounds_and_not_exactness(monkeypatch: pytest.
         assert torch.equal(kept(values, cut, 1_000), reference(values, rank))
 
 
+def sample_of_the_middle(blocks: Iterable[Block], **arguments: Any) -> np.ndarray[Any, Any]:
+    num_elements = sum(block.num_elements for block in blocks)
+    return np.linspace(0.5, 0.6, num_elements // 10, dtype=np.float32).view(np.int32)
+
+
+def test_histograms_of_a_range_beside_the_rank_lead_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample promises many values where none of the rank are: the first histogram lies above or below it."""
+    monkeypatch.setattr(selection, "_MOST_COLLECTED", 100)
+    monkeypatch.setattr(selection, "collect_sample", sample_of_the_middle)
+    values = make("normal", 30_000, seed=2)
+    for rank in (1, 300, 9_000, 15_000, 25_000, 29_999):
+        (cut,), _ = cuts_of(values, [rank], unit=1_000)
+        assert torch.equal(kept(values, cut, 1_000), reference(values, rank))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_numbers_do_not_hang_the_search(bad: float) -> None:
     values = make("normal", 20_000, seed=4)
