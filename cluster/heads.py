@@ -208,9 +208,8 @@ def set_labels(config: dict[str, Any], heads: Heads, models: Mapping[str, Loaded
     """Write labels and architecture of the output's head into its config.json; returns remarks."""
     given = models[heads.donor].checkpoint.config
     if heads.policy == "exclude":
-        return [
-            f"heads: exclude leaves out the head; {config.get('architectures')} gets a new one when loaded"
-        ]
+        architecture = ", ".join(config.get("architectures") or ["its class"])
+        return [f"heads: exclude leaves out the head; {architecture} gets a new one when loaded"]
     for key in (*LABEL_KEYS, "architectures"):
         config.pop(key, None)
         if key in given:
