@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from object_store import BUCKET, ObjectStore
 
+from raymerge.merge_actors.errors import CheckpointError
 from raymerge.merge_actors.storage import retry, stage
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.storage.store import forget_stores
@@ -242,4 +243,21 @@ def test_a_copy_that_was_cut_is_fetched_again(folder: str) -> None:
         if path.is_file() and not path.name.endswith(".have"):
             os.truncate(path, BLOCK)
     assert read(files, 0, len(DATA)) == DATA
+    files.close()
+
+
+def test_a_copy_is_of_this_start_of_the_machine(folder: str) -> None:
+    """After a crash a file's end may be lost and the byte that says it is there may not."""
+    files = StorageFiles(folder)
+    read(files, 0, 10)
+    files.close()
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        assert os.listdir(folder) == [f"staged-{file.read()[:8]}"]
+
+
+def test_an_object_that_became_shorter_is_an_error_and_not_a_crash(folder: str) -> None:
+    files = StorageFiles(folder)
+    for begin, end in ((0, len(DATA) + 1), (len(DATA) - 5, len(DATA) + 5), (3 * BLOCK, 3 * BLOCK + 9)):
+        with pytest.raises(CheckpointError, match="before the tensor does: it was truncated or replaced"):
+            read(files, begin, end)
     files.close()
