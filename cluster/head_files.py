@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from raymerge.cluster.heads import Heads, head_tensors
 from raymerge.cluster.matched import LoadedModel
+from raymerge.cluster.remarks import as_note
 from raymerge.cluster.tokenizer_files import write_json
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 
@@ -30,7 +31,7 @@ def write_heads(folder: str, heads: Heads, models: Mapping[str, LoadedModel]) ->
         _copy_tensors(os.path.join(place, "model.safetensors"), head_tensors(models[key]))
         write_json(os.path.join(place, "config.json"), models[key].checkpoint.config)
     listed = ", ".join(f"{HEADS_FOLDER}/{name}" for name in names.values())
-    return [f"the heads of all models are kept in {listed}"]
+    return [as_note(f"the heads of all models are kept in {listed}")]
 
 
 def _folder_names(keys: list[str]) -> dict[str, str]:

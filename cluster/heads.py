@@ -16,6 +16,7 @@ from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.progress import counted
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.remarks import as_note
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import MismatchError
@@ -209,7 +210,7 @@ def set_labels(config: dict[str, Any], heads: Heads, models: Mapping[str, Loaded
     given = models[heads.donor].checkpoint.config
     if heads.policy == "exclude":
         architecture = ", ".join(config.get("architectures") or ["its class"])
-        return [f"heads: exclude leaves out the head; {architecture} gets a new one when loaded"]
+        return [as_note(f"heads: exclude leaves out the head; {architecture} gets a new one when loaded")]
     for key in (*LABEL_KEYS, "architectures"):
         config.pop(key, None)
         if key in given:
@@ -219,7 +220,7 @@ def set_labels(config: dict[str, Any], heads: Heads, models: Mapping[str, Loaded
         config["label2id"] = {label: row for row, label in enumerate(heads.union)}
         config.pop("num_labels", None)
         return [f"the head has the {len(heads.union)} labels of all models: {', '.join(heads.union)}"]
-    return [f"the head is that of {heads.donor}"]
+    return [as_note(f"the head is that of {heads.donor}")]
 
 
 def head_tensors(model: LoadedModel) -> dict[str, TensorInfo]:

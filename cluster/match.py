@@ -26,6 +26,7 @@ from raymerge.cluster.name_prefix import prefix_hint
 from raymerge.cluster.places import Place, places_by_slice
 from raymerge.cluster.plain_tensors import PlainTensors
 from raymerge.cluster.recipe import LayerSlice, Measurement, Module, Recipe, SourceUse
+from raymerge.cluster.remarks import as_note
 from raymerge.cluster.settings import resolve
 from raymerge.cluster.vocabulary import Vocabulary
 from raymerge.merge_actors.dtypes import is_float
@@ -89,6 +90,7 @@ class _Matcher:
         self.recipe, self.method, self.models, self.vocabulary = recipe, method, models, vocabulary
         self.statistics, self.heads, self._known = statistics, heads, known
         self._notes: dict[str, list[str]] = {}
+        self._asked: set[str] = set()
         self._names: list[str] = []
         self._ordered: dict[tuple[int, tuple[int, ...]], Settings] = {}
         self._plain = PlainTensors(recipe, models)
@@ -123,7 +125,8 @@ class _Matcher:
         ]
         for note, names in self._notes.items():
             some = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-            lines.append(f"{note}: {some}")
+            line = f"{note}: {some}"
+            lines.append(as_note(line) if note in self._asked else line)
         return lines
 
     def _operand(self, use: SourceUse, name: str) -> Operand | None:
@@ -165,12 +168,16 @@ class _Matcher:
         heads = self.heads
         assert heads is not None
         if heads.policy == "exclude":
-            self._note("left out (heads: exclude)", place.name)
+            self._note("left out (heads: exclude)", place.name, as_asked=True)
             return None
         merged = operands[1:] if layers.base else operands
         if heads.policy == "keep":
             own = next((each for each in merged if each is not None and each.model == heads.donor), None)
-            return None if own is None else self._copied(place.name, own, f"head of {heads.donor}")
+            return (
+                None
+                if own is None
+                else self._copied(place.name, own, f"head of {heads.donor}", as_asked=True)
+            )
         settings = resolve(self.recipe, module, layers, self.method, place.name, place.layer_t)
         weights = [float(model.get("weight") or 0) if "weight" in model else 1.0 for model in settings.models]
         having = [(operand, weights[i]) for i in order if (operand := merged[i]) is not None]
@@ -191,7 +198,7 @@ class _Matcher:
         ]
         has_labels = any(heads.has_label_rows(each.model, each.info) for each in found)
         note = "head rows matched by label, averaged" if has_labels else "inner layer of a head, averaged"
-        self._note(note, place.name)
+        self._note(note, place.name, as_asked=True)
         return self._plain.average(place.name, found, note, [weight for _, weight in having])
 
     def _match_tensor(
@@ -254,7 +261,7 @@ class _Matcher:
         is_expected = any(map(self._is_expected, layers.sources, names))
         if not (excluded or is_expected):
             note = f"averaged, no {kind} statistics for it"
-            self._note(note, place.name)
+            self._note(note, place.name, as_asked=True)
             return self._plain.mean(place.name, base, models, note, settings, streams)
         why = "excluded" if excluded else f"no {kind} statistics"
         coverage: Literal["", "excluded", "fallback"] = "excluded" if excluded else "fallback"
@@ -268,11 +275,11 @@ class _Matcher:
             )
         if policy in ("mean", "error"):
             note = f"{why}: averaged"
-            self._note(note, place.name)
+            self._note(note, place.name, as_asked=excluded)
             found = self._plain.mean(place.name, base, models, note, settings, streams)
             return dataclasses.replace(found, coverage=coverage)
         chosen = self._fallback_operand(place.name, present)
-        copied = self._copied(place.name, chosen, f"{why}: taken from {chosen.model}")
+        copied = self._copied(place.name, chosen, f"{why}: taken from {chosen.model}", as_asked=excluded)
         return dataclasses.replace(copied, coverage=coverage)
 
     def _is_expected(self, use: SourceUse, name: str) -> bool:
@@ -353,13 +360,16 @@ class _Matcher:
         self._note(note, place.name)
         return self._plain.average(place.name, having, note, [1.0] * len(having))
 
-    def _copied(self, name: str, operand: Operand, note: str) -> MergedTensor:
+    def _copied(self, name: str, operand: Operand, note: str, *, as_asked: bool = False) -> MergedTensor:
         if note:
-            self._note(note, name)
+            self._note(note, name, as_asked=as_asked)
         return self._plain.copy(name, operand, note)
 
-    def _note(self, note: str, name: str) -> None:
+    def _note(self, note: str, name: str, *, as_asked: bool = False) -> None:
+        """Keep a remark on a tensor; what the recipe asks for, or no statistics could change, needs no warning."""
         self._notes.setdefault(note, []).append(name)
+        if as_asked:
+            self._asked.add(note)
 
     def _reorder(self, settings: Settings, order: Sequence[int]) -> Settings:
         key = (id(settings), tuple(order))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.remarks import as_note
 from raymerge.cluster.tokenizer_policy import TokenizerPolicy
 from raymerge.cluster.tokenizer_tokens import has_tokenizer, tokenizer_folder
 from raymerge.cluster.vocabulary_rows import (
@@ -152,7 +153,7 @@ def _plan_by_row(recipe: Recipe, models: Mapping[str, LoadedModel]) -> Vocabular
         (key for key in [donor, *fitting] if key in fitting and has_tokenizer(tokenizer_folder(models[key]))),
         donor,
     )
-    remarks = [f"vocabulary of {num_rows:,} rows"]
+    remarks = [as_note(f"vocabulary of {num_rows:,} rows")]
     for key, count in counts.items():
         if count < num_rows:
             remarks.append(

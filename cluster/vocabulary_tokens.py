@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from raymerge.cluster.model_ref import ModelRef
 from raymerge.cluster.origin import did_you_mean
 from raymerge.cluster.recipe import Recipe
+from raymerge.cluster.remarks import as_note
 from raymerge.cluster.tokenizer_policy import TokenizerPolicy, TokenPolicy
 from raymerge.cluster.tokenizer_tokens import read_token_ids
 from raymerge.cluster.vocabulary_rows import BorrowedRow, ModelRows, coalesce, require_rows, round_up
@@ -218,4 +219,4 @@ def _remarks(
             remarks.append(
                 f"{key} has only {had:,} of the output's {len(ids):,} tokens; the other rows are filled"
             )
-    return remarks
+    return [as_note(remarks[0]), *remarks[1:]]
