@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from raymerge.cluster import campaign, plan, plan_reads
 from raymerge.cluster.campaign import PlannedWave, plan_wave, read_recipes
@@ -69,3 +74,54 @@ def test_a_recipe_in_a_campaign_is_planned_as_it_is_alone(
     recipe = dataclasses.replace(together.recipe)
     alone = plan_wave([recipe], {recipe.name: together.folder}, MergeOptions(), {}).plan.recipes[0]
     assert (alone.tensors, alone.layout) == (together.tensors, together.layout)
+
+
+def _fingerprint(folder: Path, vocabulary: str | None = None, **options: Any) -> str:
+    raw: dict[str, Any] = {"name": "r", "merge_method": "linear", "parameters": {"weight": 1}}
+    raw["models"] = [f"{folder}/base+{folder}/lora", f"{folder}/one"]
+    if vocabulary:
+        raw["vocabulary"] = vocabulary
+    recipes, _ = read_recipes([raw], MergeOptions(**options))
+    return plan_wave(recipes, {"r": "/out"}, MergeOptions(**options), {}).fingerprint
+
+
+def test_the_fingerprint_is_another_when_anything_is_that_decides_the_output(
+    write_token_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A run is resumed where the fingerprint is equal: parts of two different merges must never meet."""
+
+    def write_models(dtype: str = "float32", tokens: str = "abcd") -> None:
+        for number, name in enumerate(("base", "one")):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            write_token_model(tmp_path / name, number, list(tokens if name == "one" else "abcd"), dtype=dtype)
+
+    def write_adapter(value: float) -> None:
+        (tmp_path / "lora").mkdir(exist_ok=True)
+        names = {"A": (1, 2), "B": (4, 1)}
+        tensors = {
+            f"base_model.model.lm_head.lora_{name}.weight": torch.full(shape, value)
+            for name, shape in names.items()
+        }
+        save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["lm_head"]}
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+
+    write_models()
+    write_adapter(1.0)
+    first, of_union = _fingerprint(tmp_path), _fingerprint(tmp_path, "union")
+    assert _fingerprint(tmp_path) == first and _fingerprint(tmp_path, "union") == of_union
+    found = [first, of_union, *(_fingerprint(tmp_path, **each) for each in ({"seed": 5}, {"slice_mib": 1}))]
+    write_models(tokens="abdc")  # the same files but for the tokenizer
+    assert _fingerprint(tmp_path) == first
+    found.append(_fingerprint(tmp_path, "union"))
+    write_models()
+    write_adapter(2.0)
+    found.append(_fingerprint(tmp_path))
+    write_adapter(1.0)
+    assert _fingerprint(tmp_path) == first
+    weights = tmp_path / "one" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    found.append(_fingerprint(tmp_path))
+    assert len(set(found)) == len(found)
