@@ -97,7 +97,7 @@ def _method_sentence(recipe: Recipe) -> str:
         where = f" ([{found[0]}](https://arxiv.org/abs/{found[1]}))"
     else:
         where = f" ({source})" if source else ""
-    return f"Merged with [raymerge](https://pypi.org/project/raymerge/) by `{recipe.merge_method}`{where}."
+    return f"Merged with raymerge by `{recipe.merge_method}`{where}."
 
 
 def _model_lines(recipe: Recipe) -> list[str]:

@@ -36,7 +36,7 @@ def merge(
         strict: refuse recipe keys that have no effect, and heads that may not mean the same.
         options: fields of `raymerge.cluster.options.MergeOptions`: address, in_process, workers,
             device, slice_mib, dtype, out_shard_size, seed, resume, overwrite, fsync,
-            allow_nan, allow_pickle.
+            allow_nan, allow_pickle, trust_remote_code, stage, trace.
 
     Raises:
         RaymergeError: with one sentence for the user; `out` is then as it was before.
@@ -53,7 +53,8 @@ def plan(recipe: Recipe | Sequence[Recipe], *, strict: bool = False, **options: 
     Args:
         recipe: as for `merge`.
         strict: as for `merge`.
-        options: as for `merge`; slice_mib, dtype, out_shard_size and seed matter here.
+        options: as for `merge`; slice_mib, dtype, out_shard_size, seed, allow_pickle and
+            trust_remote_code matter here.
 
     Raises:
         RaymergeError: whatever `merge` would refuse before it reads a weight.
@@ -68,9 +69,9 @@ def inspect(models: str | Sequence[str], base: str | None = None, **options: Any
     """Say what checkpoints hold and whether they belong together.
 
     Args:
-        models: folders or Hub ids.
+        models: folders, Hub ids or URIs.
         base: their common ancestor, if it is known.
-        options: of `raymerge.cluster.inspect.inspect`.
+        options: of `raymerge.cluster.inspect.inspect`: sample, allow_pickle.
     """
     from raymerge.cluster.inspect import inspect as run
 
@@ -82,7 +83,7 @@ def verify(out: str | os.PathLike[str], **options: Any) -> Verification:
 
     Args:
         out: folder of a merge.
-        options: of `raymerge.cluster.verify.verify`.
+        options: of `raymerge.cluster.verify.verify`: load, trust_remote_code.
 
     Raises:
         VerifyError: naming the file or tensor that differs.
@@ -100,7 +101,8 @@ def grid(source: Recipe, out: str | os.PathLike[str], *, strict: bool = False, *
         out: folder for results.parquet, best.json and the checkpoints best-1, best-2 ...
         strict: refuse recipe keys that have no effect.
         options: fields of `raymerge.cluster.grid_options.GridOptions`: address, in_process, workers,
-            device, slice_mib, seed, limit, resume, overwrite, allow_nan, allow_pickle.
+            gpus_per_evaluator, threads_per_evaluator, device, slice_mib, seed, limit, resume, overwrite,
+            allow_nan, allow_pickle, trust_remote_code.
 
     Raises:
         RaymergeError: with one sentence for the user; finished points are kept in `out`.
@@ -156,7 +158,8 @@ def evaluate(model: str | os.PathLike[str], evaluation: Evaluation, **options: A
     Args:
         model: folder or Hub id, path[@revision].
         evaluation: a YAML file with an `evaluate:` section, or the section as a mapping.
-        options: of `raymerge.cluster.evaluate.evaluate`: split, device, allow_pickle, on_remark.
+        options: of `raymerge.cluster.evaluate.evaluate`: split, device, allow_pickle,
+            trust_remote_code, on_remark.
 
     Raises:
         RaymergeError: with one sentence for the user.
