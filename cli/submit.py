@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raymerge.cli.main import main, print_json
+from raymerge.merge_actors.actor_log import JOB_VARIABLE
 from raymerge.merge_actors.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _send(
             identity,
             f"{entry} {shlex.join(bundle.command)}",
             folder,
-            environment=variables,
+            environment={**variables, JOB_VARIABLE: identity},
             metadata=metadata,
             pip=pip,
             num_gpus=bundle.num_gpus,

@@ -8,18 +8,17 @@ and started anew, and the driver repeats the layer group that was under way.
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from raymerge.cluster import signs_of_life
+from raymerge.cluster import patience, signs_of_life
 from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import NoExchange, ThreadExchange, ThreadMeeting
 from raymerge.stats.measure_job import MeasureJob
 
-#: How long to wait for a first worker: of a cluster that is busy, and of one that lacks what is asked for.
-BUSY_SECONDS, START_SECONDS = 3600.0, 300.0
 #: How long to wait for all of them.
 GATHER_SECONDS = 60.0
 _POLL_SECONDS = 0.5
@@ -100,10 +99,13 @@ class ThreadGroup:
 class RayActivationGroup:
     """Workers as actors of the Ray cluster that this process is connected to."""
 
-    def __init__(self, num_workers: int, *, num_gpus: float) -> None:
+    def __init__(
+        self, num_workers: int, *, num_gpus: float, on_remark: Callable[[str], None] = lambda line: None
+    ) -> None:
         self.num_workers = num_workers
         self.pids: list[int] = []
         """Process ids of the actors."""
+        self._on_remark = on_remark
         self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus}
         self._actors: list[Any] = []
 
@@ -135,15 +137,31 @@ class RayActivationGroup:
             ]
             ready = [actor.pid.remote() for actor in self._actors]
             done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
-            if not done:
-                if ray.wait(ready, num_returns=1, timeout=_patience(self._options))[0]:
-                    done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
+            if not done and self._waited(ready):
+                done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
             if len(done) == len(ready):
                 return self._get(ready, lambda _: None)
             self.close()
             if not done:
-                raise ClusterError(_shortage(self._options, self.num_workers))
+                raise ClusterError(f"no worker could be started in time: {self._shortage()}")
             self.num_workers = len(done)  # ranks have no gaps: so many are started anew
+
+    def _waited(self, ready: list[Any]) -> bool:
+        """Wait for the first actor, and say so; return whether it came."""
+        import ray
+
+        deadline = time.monotonic() + patience.seconds_to_wait(**self._options)
+        while time.monotonic() < deadline:
+            self._on_remark(f"waiting for workers: {self._shortage()}")
+            seconds = min(patience.REMARK_SECONDS, max(0.0, deadline - time.monotonic()))
+            if ray.wait(ready, num_returns=1, timeout=seconds)[0]:
+                return True
+        return False
+
+    def _shortage(self) -> str:
+        """Say what was asked of the cluster and what it has."""
+        each = f"1 CPU and {self._options['num_gpus']:g} GPU"
+        return f"asked for {self.num_workers} workers of {each} each, the cluster has {patience.resources()}"
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]], on_tokens: OnTokens) -> list[Any]:
         """Call a method of every actor; if one dies, kill all."""
@@ -222,25 +240,3 @@ def _raise_if_lost(references: list[Any]) -> None:
             raise WorkersLost(str(error).strip().splitlines()[0]) from error
         except (RayTaskError, ray.exceptions.GetTimeoutError):
             continue
-
-
-def _shortage(options: dict[str, Any], num_workers: int) -> str:
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    have = ", ".join(
-        f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
-    )
-    return (
-        f"none of {num_workers} workers of 1 CPU and {options['num_gpus']:g} GPU each could be started in "
-        f"{_patience(options):g} s; the cluster has {have}"
-    )
-
-
-def _patience(options: dict[str, Any]) -> float:
-    """Return how long to wait for a first worker."""
-    import ray
-
-    total = ray.cluster_resources()
-    fits = total.get("CPU", 0) >= 1 and total.get("GPU", 0) >= options["num_gpus"]
-    return BUSY_SECONDS if fits else START_SECONDS

@@ -93,7 +93,12 @@ def connected(
 
 @contextlib.contextmanager
 def connected_for_statistics(
-    *, address: str | None, in_process: bool, workers: int | None, device: Device
+    *,
+    address: str | None,
+    in_process: bool,
+    workers: int | None,
+    device: Device,
+    on_remark: Callable[[str], None] = lambda line: None,
 ) -> Iterator[tuple[ActivationGroup, Placement]]:
     """Give a group of activation workers, not started yet, and take it down at the end.
 
@@ -102,6 +107,7 @@ def connected_for_statistics(
         in_process: as for `connected`.
         workers: as for `connected`.
         device: where the model runs.
+        on_remark: told what a user who waits for workers should know.
 
     Raises:
         ClusterError: the cluster cannot be reached, or has no GPU when one is asked for.
@@ -117,7 +123,8 @@ def connected_for_statistics(
         else:
             stack.enter_context(ray_session(address))
             placement = _place_on_cluster(workers, device)
-            group = RayActivationGroup(placement.num_workers, num_gpus=1 if placement.device == "cuda" else 0)
+            num_gpus = 1 if placement.device == "cuda" else 0
+            group = RayActivationGroup(placement.num_workers, num_gpus=num_gpus, on_remark=on_remark)
         stack.callback(group.close)
         yield group, placement
 

@@ -122,14 +122,18 @@ def connected_evaluators(
             group.close()
         return
     with ray_session(options.address):
-        from raymerge.cluster.evaluator_ray import RayEvaluators, nodes
+        from raymerge.cluster.evaluator_ray import RayEvaluators, nodes, wait_for_a_gpu
 
+        # GPUs that are asked for by number may still have to be started, by a cluster that scales.
+        if options.device == "cuda" and options.workers and not any(node.num_gpus for node in nodes()):
+            wait_for_a_gpu(on_remark)
         placement = _place(nodes, options, needs, on_remark)
         group = RayEvaluators(
             placement.num_evaluators,
             _job(evaluation, options, placement),
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
+            on_remark=on_remark,
         )
         try:
             yield group

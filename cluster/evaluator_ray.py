@@ -6,22 +6,21 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raymerge.cluster import signs_of_life
+from raymerge.cluster import patience, signs_of_life
 from raymerge.cluster.evaluator import Evaluator, EvaluatorJob, MergeReport, ScoreReport
 from raymerge.cluster.evaluator_gpus import Node, visible_gpu_bytes
 from raymerge.cluster.evaluator_group import Call, Event, Failure, Gone, Raised, Returned, answer
 from raymerge.cluster.signs_of_life import SignsOfLife
+from raymerge.merge_actors.actor_log import begin_log
 from raymerge.merge_actors.errors import ClusterError
 
-#: How long to wait for the cluster to give any evaluator before saying what is missing.
-START_SECONDS = 300.0
 #: How long nodes may take to say how much memory their GPUs have.
 _ASK_SECONDS = 60.0
 #: Evaluators that may die one after the other, per evaluator, without an answer from any.
@@ -37,6 +36,7 @@ class RayEvaluator:
     def __init__(self, job: EvaluatorJob) -> None:
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        begin_log(f"evaluator, Ray's job {ray.get_runtime_context().get_job_id()}")
         sys.setswitchinterval(2e-4)  # as for merge workers: threads hand each other the interpreter often
         self._evaluator = Evaluator(job)
         self._is_cuda = job.device == "cuda"
@@ -100,15 +100,51 @@ def _ask_for_gpu_bytes(node_ids: Sequence[str]) -> dict[str, int | None]:
     return answers
 
 
+def wait_for_a_gpu(on_remark: Callable[[str], None]) -> None:
+    """Wait until the cluster, which has none, has started a machine with a GPU; it starts one because we ask.
+
+    Raises:
+        ClusterError: none came in time.
+    """
+    asked = _GPU_BYTES.options(num_gpus=1).remote()
+    started = said = time.monotonic()
+    try:
+        while not any(node.num_gpus for node in nodes()):
+            time.sleep(1.0)
+            now = time.monotonic()
+            if now - started > patience.START_SECONDS:
+                raise ClusterError(
+                    f"no GPU came in {now - started:.0f} s: the cluster has {patience.resources()}"
+                )
+            if now - said > patience.REMARK_SECONDS:
+                said = now
+                on_remark(f"waiting for a machine with a GPU: the cluster has {patience.resources()}")
+    finally:
+        ray.cancel(asked, force=True)
+
+
 class RayEvaluators:
     """Actors on a Ray cluster that this process is connected to."""
 
-    def __init__(self, num_evaluators: int, job: EvaluatorJob, *, num_cpus: float, num_gpus: float) -> None:
+    def __init__(
+        self,
+        num_evaluators: int,
+        job: EvaluatorJob,
+        *,
+        num_cpus: float,
+        num_gpus: float,
+        on_remark: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._on_remark, self._last_remark = on_remark, 0.0
         self.num_slots = job.num_slots
         self.pids: dict[int, int] = {}
         """Process ids of the actors that are ready."""
         self._num_evaluators, self._job = num_evaluators, job
-        self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": "SPREAD"}
+        self._options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "scheduling_strategy": "SPREAD",
+        }
         self._in_store: Any = None
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
@@ -129,7 +165,7 @@ class RayEvaluators:
         self._losses_left = _LOSSES_PER_EVALUATOR * self._num_evaluators
         while len(self._actors) + len(self._starting) < self._num_evaluators:
             self._launch()
-        self._last_alive = time.monotonic()
+        self._last_alive = self._last_remark = time.monotonic()
         while not self._actors:
             self.wait(1.0)
 
@@ -149,8 +185,13 @@ class RayEvaluators:
         """
         if self._actors:
             self._last_alive = time.monotonic()
-        elif time.monotonic() - self._last_alive > START_SECONDS:
-            raise ClusterError(self._shortage())
+        elif time.monotonic() - self._last_alive > self._patience():
+            raise ClusterError(
+                f"no evaluator could be started in {time.monotonic() - self._last_alive:.0f} s: {self._shortage()}"
+            )
+        elif time.monotonic() - self._last_remark > patience.REMARK_SECONDS:
+            self._last_remark = time.monotonic()
+            self._on_remark(f"waiting for evaluators: {self._shortage()}")
         self._life.look(self._actors.keys() & {number for number, _ in self._in_flight.values()})
         waiting = [*self._in_flight, *self._starting, *self._life.questions()]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
@@ -226,15 +267,16 @@ class RayEvaluators:
         self._launch()
         return [Gone(number, reason)]
 
+    def _patience(self) -> float:
+        return patience.seconds_to_wait(
+            num_cpus=self._options["num_cpus"], num_gpus=self._options["num_gpus"]
+        )
+
     def _shortage(self) -> str:
         """Say what was asked of the cluster and what it has."""
-        total, free = ray.cluster_resources(), ray.available_resources()
-        have = ", ".join(
-            f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
-        )
         return (
-            f"no evaluator could be started in {START_SECONDS:g} s: asked for {self._num_evaluators} of "
-            f"{self._options['num_cpus']:g} CPU and {self._options['num_gpus']:g} GPU each, the cluster has {have}"
+            f"asked for {self._num_evaluators} of {self._options['num_cpus']:g} CPU and "
+            f"{self._options['num_gpus']:g} GPU each, the cluster has {patience.resources()}"
         )
 
 

@@ -385,7 +385,8 @@ class _Run:
         for number, plan in enumerate(wave.plan.recipes):
             if plan.recipe.name in self.failures.errors:
                 continue
-            manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), figures)
+            run = {"id": wave.fingerprint[:12], **figures}  # the name of its metrics and logs
+            manifest = make_manifest(plan, wave.models, wave.statistics, reports.get(number, []), run)
             try:
                 small_files = self.folder.small_files(plan.recipe.name)
                 write_manifest(small_files, manifest)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from raymerge.cluster import signs_of_life
+from raymerge.cluster import patience, signs_of_life
 from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
@@ -20,9 +20,9 @@ from raymerge.merge_actors.ray_worker import RayMergeWorker
 from raymerge.merge_actors.task import FileTask, MeasureTask, MergeTask, RunContext, SolveTask
 
 #: How long to wait for any worker from a cluster that has not enough for one, before saying what is missing.
-START_SECONDS = 300.0
+START_SECONDS = patience.START_SECONDS
 #: How long to wait for any worker from a cluster that is busy with other work.
-BUSY_SECONDS = 3600.0
+BUSY_SECONDS = patience.BUSY_SECONDS
 #: How long to wait for the last of them, where a run needs to know how many there are.
 GATHER_SECONDS = 60.0
 #: How long an actor that has worked before may take to begin its next run.

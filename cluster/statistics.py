@@ -114,6 +114,7 @@ def _collect_here(
             in_process=options.in_process,
             workers=options.workers,
             device=options.device,
+            on_remark=on_remark,
         ) as (group, placement):
             job = _job(ref, options, placement, folder.path)
             run = StatisticsRun(options, checkpoint, folder, job, group, on_remark, on_progress)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from raymerge.merge_actors.actor_log import begin_log
 from raymerge.merge_actors.methods.prepare import TensorState
 from raymerge.merge_actors.ray_metrics import ActorMetrics
 from raymerge.merge_actors.task import (
@@ -51,6 +52,7 @@ class RayMergeWorker:
                 self._begin(context)
 
     def _begin(self, context: RunContext) -> None:
+        begin_log(f"merge worker, run {context.run_id[:12]}")
         check_versions(context.versions)
         if context.device == "cpu":
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
@@ -103,7 +105,7 @@ class RayMergeWorker:
 
     def __repr__(self) -> str:
         run = self._worker.context.run_id[:12] if self._worker else "starting"
-        return f"merge worker, run {run}"  # Ray puts it in front of every line of the actor's log
+        return f"merge worker, run {run}"
 
     def _counted(self, report: R) -> R:
         assert self._metrics is not None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import ray
 
+from raymerge.merge_actors.actor_log import begin_log
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import TorchExchange, join_store, make_store
 from raymerge.stats.layer_groups import LayerGroup
@@ -22,6 +23,7 @@ class RayActivationWorker:
     def __init__(self, job: MeasureJob, rank: int) -> None:
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        begin_log(f"activation worker {rank}, run in {job.work_folder}")
         self._worker = ActivationWorker(job, rank)
 
     def describe(self) -> Description:

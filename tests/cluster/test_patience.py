@@ -1,0 +1,89 @@
+"""A cluster that has not what is asked for: what the user hears meanwhile, and at the end; the log of an actor."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import raymerge
+from raymerge.cluster import activation_group, patience
+from raymerge.cluster.activation_group import RayActivationGroup
+from raymerge.merge_actors.errors import ClusterError
+
+HAS = r"the cluster has \S+ of 4 CPU free, 0 of 0 GPU free"
+
+
+@pytest.fixture
+def hurried(monkeypatch, ray_session):
+    monkeypatch.setattr(patience, "START_SECONDS", 1.5)
+    monkeypatch.setattr(patience, "REMARK_SECONDS", 0.3)
+    monkeypatch.setattr(activation_group, "GATHER_SECONDS", 0.1)
+    remarks: list[str] = []
+    return remarks
+
+
+def test_a_first_worker_is_waited_for_longer_where_it_fits(hurried):
+    assert patience.seconds_to_wait(num_cpus=1, num_gpus=0) == patience.BUSY_SECONDS
+    assert patience.seconds_to_wait(num_cpus=1, num_gpus=1) == patience.START_SECONDS
+
+
+def test_activation_workers_that_the_cluster_has_no_room_for(hurried):
+    group = RayActivationGroup(2, num_gpus=1, on_remark=hurried.append)
+    job: Any = None
+    asked = "asked for 2 workers of 1 CPU and 1 GPU each, "
+    with pytest.raises(ClusterError, match=f"^no worker could be started in time: {asked}{HAS}$"):
+        group.start(job)
+    assert len(hurried) >= 2 and all(line.startswith(f"waiting for workers: {asked}") for line in hurried)
+
+
+def test_evaluators_that_the_cluster_has_no_room_for(hurried):
+    from raymerge.cluster.evaluator_ray import RayEvaluators
+
+    job: Any = SimpleNamespace(num_slots=1)
+    group = RayEvaluators(3, job, num_cpus=1, num_gpus=0.5, on_remark=hurried.append)
+    asked = "asked for 3 of 1 CPU and 0.5 GPU each, "
+    try:
+        with pytest.raises(ClusterError, match=rf"^no evaluator could be started in \d+ s: {asked}{HAS}$"):
+            group.start()
+    finally:
+        group.close()
+    assert hurried and all(line.startswith(f"waiting for evaluators: {asked}") for line in hurried)
+
+
+def test_evaluators_on_gpus_wait_for_a_machine_that_has_some(hurried, tmp_path):
+    """A cluster in a cloud starts with none: whoever asks for a number of them has to be the reason for one."""
+    from raymerge.cluster.evaluator_place import connected_evaluators
+    from raymerge.cluster.grid_options import GridOptions
+
+    evaluation: Any = None
+    options = GridOptions(workers=2, device="cuda")
+    with (
+        pytest.raises(ClusterError, match=rf"^no GPU came in \d+ s: {HAS}$"),
+        connected_evaluators(evaluation, options, on_remark=hurried.append),
+    ):
+        pass
+    assert hurried[0].startswith("waiting for a machine with a GPU: the cluster has ")
+    with (
+        pytest.raises(ClusterError, match="no GPU is to be seen here"),
+        connected_evaluators(evaluation, GridOptions(device="cuda")),
+    ):
+        pass
+
+
+def test_an_actors_log_names_its_run(ray_session, tiny_checkpoints, tmp_path):
+    import ray
+
+    models = [{"model": str(model)} for model in tiny_checkpoints("llama").models]
+    recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}, "seed": 52}
+    raymerge.merge(recipe, tmp_path / "out", workers=1)
+    run = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())["run"]["id"]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    deadline = time.monotonic() + 30
+    while not any(f"merge worker, run {run}: " in file.read_text() for file in logs.glob("worker-*.err")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
