@@ -125,3 +125,40 @@ def test_the_fingerprint_is_another_when_anything_is_that_decides_the_output(
     weights.write_bytes(data)
     found.append(_fingerprint(tmp_path))
     assert len(set(found)) == len(found)
+
+
+def test_options_override_recipes_also_by_what_is_false() -> None:
+    raw = {"name": "r", "merge_method": "linear", "models": ["a"], "parameters": {"weight": 1}, "seed": 7}
+    (as_written,), _ = read_recipes([raw], MergeOptions())
+    (with_zero,), _ = read_recipes([raw], MergeOptions(seed=0))
+    assert (as_written.seed, with_zero.seed) == (7, 0)
+
+
+def test_recipes_with_vocabularies_of_their_own_share_no_rows(
+    write_token_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What is kept of one recipe's inputs for the next holds where no vocabulary is planned, and nowhere else."""
+    models = [
+        str(write_token_model(tmp_path / name, number, list(tokens), num_rows=6))
+        for number, (name, tokens) in enumerate((("one", "abcd"), ("two", "dcbaef")))
+    ]
+    raw = [
+        {"name": name, "merge_method": "linear", "models": models, "parameters": {"weight": 1}} | wish
+        for name, wish in (
+            ("plain", {}),
+            ("union", {"vocabulary": "union"}),
+            ("base", {"vocabulary": "base"}),
+        )
+    ]
+
+    def rows(*chosen: dict[str, Any]) -> dict[str, Any]:
+        recipes, _ = read_recipes(list(chosen), MergeOptions())
+        wave = plan_wave(recipes, {each.name: f"/{each.name}" for each in recipes}, MergeOptions(), {})
+        return {
+            each.recipe.name: {t.name: [o.row_runs for o in t.operands] for t in each.tensors}
+            for each in wave.plan.recipes
+        }
+
+    alone = rows(raw[0]) | rows(raw[1]) | rows(raw[2])
+    assert rows(*raw) == rows(*raw[::-1]) == alone
+    assert len({repr(each) for each in alone.values()}) == 3

@@ -262,11 +262,14 @@ def test_overflow_of_a_sum_is_not_taken_for_nan(tmp_path: Path, models: list[str
     assert manifest["tensors"]["w"]["norm"] == pytest.approx(3e30 * 128**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("float8_e5m2", 57344.0)])
+@pytest.mark.parametrize(
+    ("dtype", "largest", "num_infinite"),
+    [("float16", 65504.0, 3), ("float8_e5m2", 57344.0, 3), ("float8_e4m3fn", 448.0, 0)],
+)
 def test_values_beyond_the_range_of_the_output_are_told(
-    tmp_path: Path, models: list[str], dtype: str, largest: float
+    tmp_path: Path, models: list[str], dtype: str, largest: float, num_infinite: int
 ) -> None:
-    """Three values that a narrow type cannot hold: counted in the manifest, and said aloud."""
+    """Three values that a narrow type cannot hold: said aloud, and counted where they become infinite."""
     tensors = {"w": torch.full((16, 8), largest), "b": torch.ones(8)}
     tensors["w"][0, :3] = 3 * largest
     for folder in models:
@@ -275,8 +278,20 @@ def test_values_beyond_the_range_of_the_output_are_told(
     (line,) = [line for line in result.remarks if "beyond the range" in line]
     assert line.startswith("3 values of tensor w are beyond the range of F")
     manifest = json.loads((tmp_path / "out" / "raymerge_manifest.json").read_text())
-    assert manifest["tensors"]["w"]["num_nonfinite"] == 3
+    assert manifest["tensors"]["w"]["num_nonfinite"] == num_infinite
     assert manifest["tensors"]["b"]["num_nonfinite"] == 0
+
+
+def test_every_nan_of_an_output_has_one_bit_pattern(tmp_path: Path, models: list[str]) -> None:
+    """Else a NaN's bits would tell where in a vector it stood, and so how the tensor was cut."""
+    values = torch.ones(16, 9)
+    values.view(torch.int32)[:, 3] = torch.arange(16, dtype=torch.int32) * 4099 + 0x7F900000
+    values.view(torch.int32)[:, 7] = -1
+    for folder in models:
+        write_model(Path(folder), {"w": values})
+    run(recipe_of(models, "linear"), tmp_path / "out", dtype="bfloat16", allow_nan=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert set(merged.view(torch.int16)[:, [3, 7]].flatten().tolist()) == {0x7FC0}
 
 
 def test_file_truncated_between_planning_and_reading(
