@@ -23,6 +23,7 @@ from virtual_group import Rates, VirtualGroup
 
 from raymerge.cluster.campaign import plan_wave, read_recipes
 from raymerge.cluster.controller import Controller
+from raymerge.cluster.in_flight import InFlight
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan
 from raymerge.merge_actors.task import TaskReport
@@ -66,7 +67,8 @@ def make_plan(folder: Path, shape: LlamaShape, num_models: int, slice_mib: int) 
 def simulate(plan: Plan, num_workers: int, workers_per_node: int, rates: Rates) -> VirtualGroup:
     """Run a plan in virtual time; the group's clock then says how long it took."""
     group = VirtualGroup(num_workers, workers_per_node, rates)
-    controller = Controller(plan, group, NoJournal())  # type: ignore[arg-type]  # a journal needs a folder
+    in_flight = InFlight(clock=lambda: group.now)  # what is overdue is so in virtual time as well
+    controller = Controller(plan, group, NoJournal(), in_flight=in_flight)  # type: ignore[arg-type]  # no folder
     controller.run()
     return group
 
