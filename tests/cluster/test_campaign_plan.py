@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from raymerge.cluster import campaign, plan, plan_reads
-from raymerge.cluster.campaign import PlannedWave, plan_wave, read_recipes
+from raymerge.cluster.campaign import PlannedWave, plan_wave, read_recipes, waves
 from raymerge.cluster.options import MergeOptions
 
 METHODS = ("task_arithmetic", "dare_linear", "ties", "linear")
@@ -132,6 +133,15 @@ def test_options_override_recipes_also_by_what_is_false() -> None:
     (as_written,), _ = read_recipes([raw], MergeOptions())
     (with_zero,), _ = read_recipes([raw], MergeOptions(seed=0))
     assert (as_written.seed, with_zero.seed) == (7, 0)
+
+
+def test_each_recipe_runs_after_those_whose_results_it_uses() -> None:
+    raw = [
+        {"name": name, "merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+        for name, models in (("a", ["/m"]), ("b", ["a"]), ("other", ["/m"]), ("c", ["b", "a"]), ("d", ["c"]))
+    ]
+    recipes, _ = read_recipes([yaml.safe_dump_all(raw)], MergeOptions())
+    assert [[each.name for each in wave] for wave in waves(recipes)] == [["a", "other"], ["b"], ["c"], ["d"]]
 
 
 def test_recipes_with_vocabularies_of_their_own_share_no_rows(

@@ -7,13 +7,15 @@ import errno
 import random
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.errors import CheckpointError, OutputError
 from raymerge.merge_actors.files import RangeRead
-from raymerge.merge_actors.storage import ranges, retry
+from raymerge.merge_actors.storage import ranges, retry, staged_outputs
 from raymerge.merge_actors.storage.ranges import REQUEST_BYTES, RemoteRanges, requests_for, wait_for
 from raymerge.merge_actors.storage.retry import MOST_ATTEMPTS, permanent_reason, with_retries
 
@@ -140,3 +142,34 @@ def test_pauses_double_up_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPa
 def test_which_errors_are_not_worth_a_repetition(error: OSError, reason: str | None) -> None:
     found = permanent_reason(error)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+class TakingStore:
+    """Keeps the blocks of the last object that was written."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.in_flight = 0
+
+    def write(self, uri: str, blocks: Iterable[bytes], *, blocks_in_flight: int) -> None:
+        self.blocks, self.in_flight = [], blocks_in_flight
+        for block in blocks:
+            self.blocks.append(len(block))
+
+
+def test_an_upload_has_a_bounded_number_of_parts_and_is_never_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores take 10,000 parts; the parts of a larger file are larger, and fewer of them are in memory at once."""
+    store = TakingStore()
+    monkeypatch.setattr(staged_outputs, "store_of", lambda uri: store)
+    monkeypatch.setattr(staged_outputs, "PART_BYTES", 10)
+    monkeypatch.setattr(staged_outputs, "_MOST_PARTS", 4)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.0)
+    (tmp_path / "file").write_bytes(DATA[:100])
+    with open(tmp_path / "file", "rb") as file:
+        for num_bytes, parts, in_flight in ((35, [10, 10, 10, 5], 8), (100, [25] * 4, 3), (0, [], 8)):
+            staged_outputs.upload("s3://bucket/key", file.fileno(), num_bytes)
+            assert (store.blocks, store.in_flight) == (parts, in_flight)
+        with pytest.raises(OutputError, match="the staged file has 100 bytes, not 101"):
+            staged_outputs.upload("s3://bucket/key", file.fileno(), 101)
