@@ -220,6 +220,17 @@ def test_weights_that_cancel_among_agreeing_entries_divide_by_one(merge: Any) ->
     torch.testing.assert_close(merge("ties", models, base, each), torch.tensor([0.3, 1.0]))
 
 
+def test_weights_that_cancel_but_for_rounding_divide_by_one(merge: Any) -> None:
+    """0.3 + 0.6 - 0.9 is -1e-16, or 6e-8 in float32: as a divisor it would make garbage of the merge."""
+    base, weights = torch.zeros(1), (0.3, 0.6, -0.9)
+    each = [{"weight": weight} for weight in weights]
+    models = [torch.tensor([value]) for value in (3.0, 2.0, 1.0)]
+    merged = merge("task_arithmetic", models, base, each, normalize=True)
+    torch.testing.assert_close(merged, torch.tensor([1.2]))
+    agreeing = [torch.tensor([value]) for value in (3.0, 2.0, -1.0)]
+    torch.testing.assert_close(merge("ties", agreeing, base, each), torch.tensor([3.0]))
+
+
 @pytest.mark.parametrize("method", FAMILY)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
