@@ -206,8 +206,8 @@ def _outputs(out: str) -> tuple[str, ...]:
     found = [name for name in names if any(exists(f"{out}/{name}/{each}") for each in _MANIFESTS)]
     if not found:
         raise OutputError(
-            f"{out} is no output of raymerge and holds none, and no run for it is under way; name the OUT of a merge "
-            "or of statistics"
+            f"{out} is no output of raymerge and holds none, and no run for it is under way; name the OUT of a merge, "
+            "of statistics, a grid or a search"
         )
     return tuple(found)
 

@@ -8,14 +8,15 @@ The heads of named checkpoints are read once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.dtypes import from_torch_name, torch_dtype
 from raymerge.merge_actors.errors import MismatchError, RecipeError
-from raymerge.merge_actors.files import LocalFiles
+from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.stats.evaluation.block_hooks import SpreadBlocks
 from raymerge.stats.evaluation.fused import find_parts
 from raymerge.stats.evaluation.needs import needs_of
@@ -247,8 +248,7 @@ def load_resident(
     resident, stored = resident_of(checkpoint, tasks, devices=devices, dtype=dtype)
     number_of = resident.place(stored)
     tensors = {}
-    for name in checkpoint.tensors:  # one by one, so that the host never holds the model
-        tensor = read_tensors(checkpoint, [name])[name]
+    for name, tensor in read_tensors(checkpoint, checkpoint.tensors):  # the host never holds the model
         device = devices[number_of[name]]
         tensors[name] = tensor.to(device, resident.dtype if torch.is_floating_point(tensor) else None)
     resident.bind(tensors | {alias: tensors[name] for alias, name in checkpoint.tied.items()})
@@ -269,19 +269,17 @@ def resident_of(
     return resident, in_dtype(stored, wanted)
 
 
-def read_tensors(checkpoint: Checkpoint, names: Any) -> dict[str, Any]:
-    """Read whole tensors into memory of their own."""
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read whole tensors one after the other, each into memory of its own."""
     import torch
 
-    files = LocalFiles()
-    found = {}
-    for name in names:
-        tensor = checkpoint.tensors[checkpoint.tied.get(name, name)]
-        raw = torch.empty(tensor.num_bytes, dtype=torch.uint8)
-        if tensor.num_bytes:
-            files.read_into(tensor.file, tensor.begin, raw.numpy().data)
-        found[name] = raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)
-    return found
+    with contextlib.closing(StorageFiles()) as files:
+        for name in names:
+            tensor = checkpoint.tensors[checkpoint.tied.get(name, name)]
+            raw = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+            if tensor.num_bytes:
+                files.read_into(tensor.file, tensor.begin, raw.numpy().data)
+            yield name, raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)
 
 
 def _match(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[Binding]:
@@ -326,7 +324,7 @@ def _head_tensors(structure: Structure) -> Mapping[str, Any]:
         assert structure.head is not None
         bindings = [binding for binding in structure.matched if binding.is_head]
         names = {part.name: None for binding in bindings for part in binding.parts}
-        structure.head_tensors = read_tensors(structure.head, names)
+        structure.head_tensors = dict(read_tensors(structure.head, names))
     return structure.head_tensors
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from object_store import ObjectStore
 
 import raymerge
 from raymerge.cli.main import main
@@ -121,3 +122,28 @@ def test_one_file_for_both_splits_is_refused(tiny_checkpoints: Maker, tasks: Pat
     task = {"name": "x", "kind": "loss", "validation": file, "test": file}
     with pytest.raises(RecipeError, match=r"test: .* holds the data of `validation` too"):
         raymerge.evaluate(tiny_checkpoints("llama").base, [task], split="test")
+
+
+def test_models_heads_and_data_in_a_store_score_as_on_a_disk(
+    tiny_checkpoints: Maker, tasks: Path, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    model = tiny_checkpoints("llama").base
+    uri = object_store.put(model, "evaluate/model")
+    data = object_store.put(tasks.parent / "data", "evaluate/data")
+    section = [{"name": "text", "kind": "loss", "validation": data}]
+    found = raymerge.evaluate(uri, section).metrics["text.loss"]
+    assert found == raymerge.evaluate(model, tasks).metrics["text.loss"]
+
+    encoder = tiny_checkpoints("bert").base
+    config = BertConfig.from_pretrained(encoder, num_labels=2)
+    head = tmp_path / "head"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(head)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (head / name).write_bytes((encoder / name).read_bytes())
+    task = {"name": "c", "kind": "text_classification", "validation": data}
+    here = raymerge.evaluate(encoder, [{**task, "head": str(head)}])
+    there = raymerge.evaluate(encoder, [{**task, "head": object_store.put(head, "evaluate/head")}])
+    assert there.metrics == here.metrics
+    assert len(here.metrics) >= 1
