@@ -86,7 +86,8 @@ def merge_command(
     if as_json:
         print_json(result.to_mapping())
     elif not quiet:
-        from raymerge.cluster.progress import counted, gib
+        from raymerge.cluster.progress import gib
+        from raymerge.merge_actors.wording import counted
 
         totals, places = result.totals, ", ".join(result.outputs)
         moved = totals.read_bytes + totals.write_bytes

@@ -141,7 +141,7 @@ def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: A
 
 
 def _summary(result: StatisticsResult) -> str:
-    from raymerge.cluster.progress import counted
+    from raymerge.merge_actors.wording import counted, some_of
 
     found = result.to_mapping()
     what = "linear maps" if found["kind"] == "gram" else "tensors"
@@ -152,8 +152,7 @@ def _summary(result: StatisticsResult) -> str:
         f"coverage: {found['covered']:,} of {found['expected']:,} {what} have statistics",
     ]
     if found["uncovered"]:
-        more = f" and {len(found['uncovered']) - 5} more" if len(found["uncovered"]) > 5 else ""
-        lines.append(f"not reached by the data: {', '.join(found['uncovered'][:5])}{more}")
+        lines.append(f"not reached by the data: {some_of(found['uncovered'], 5)}")
     if found["kind"] == "gram":
         timing = found["timing"]
         lines.append(

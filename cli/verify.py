@@ -22,8 +22,9 @@ def verify_command(out: str, load: bool, trust_remote_code: bool, as_json: bool)
     tokenizer and weights load in transformers (code of a checkpoint is not run unasked). OUT is the
     folder of one merge, or of a campaign. Exits with 1 at the first difference.
     """
-    from raymerge.cluster.progress import counted, gib
+    from raymerge.cluster.progress import gib
     from raymerge.cluster.verify import verify
+    from raymerge.merge_actors.wording import counted
 
     result = verify(out, load=load, trust_remote_code=trust_remote_code)
     for output in result.outputs:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymerge.cluster.layers import main_stacks
 from raymerge.cluster.matched import LoadedModel
-from raymerge.cluster.progress import counted
 from raymerge.cluster.vocabulary_rows import num_rows_of
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.wording import counted, some_of
 
 #: Settings of config.json that change what a network computes, by their last name.
 _CONFIG_KEYS = frozenset(
@@ -35,7 +35,6 @@ _CONFIG_KEYS = frozenset(
 )
 #: Old configs hold rope_theta at the top, newer ones in one of these.
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
-_SOME = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +133,9 @@ def _compare_tensor_sets(first: str, one: Checkpoint, second: str, other: Checkp
         names = [name for name in left.tensors if name not in right.tensors and name not in right.tied]
         if names:
             found.append(
-                Difference("tensors", f"{_tensors(len(names))} only in {has}, not in {lacks}: {_some(names)}")
+                Difference(
+                    "tensors", f"{_tensors(len(names))} only in {has}, not in {lacks}: {some_of(names)}"
+                )
             )
     return found
 
@@ -153,7 +154,7 @@ def _compare_vocabularies(first: str, one: Checkpoint, second: str, other: Check
         only = [token for token in mine if token not in others]
         if only:
             parts.append(
-                f"{counted(len(only), 'token')} only in {name} ({_some([repr(token) for token in only])})"
+                f"{counted(len(only), 'token')} only in {name} ({some_of([repr(token) for token in only])})"
             )
     moved = [token for token, number in tokens.items() if other_tokens.get(token, number) != number]
     if moved:
@@ -209,7 +210,3 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _tensors(count: int) -> str:
     return counted(count, "tensor")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SOME]) + (f" and {len(names) - _SOME:,} more" if len(names) > _SOME else "")

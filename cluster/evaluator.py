@@ -34,9 +34,10 @@ from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan
 from raymerge.merge_actors.directions import Directions
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.host_memory import available_bytes
 from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.known_sums import KnownSums
-from raymerge.merge_actors.mapped_sources import MappedSources, available_bytes
+from raymerge.merge_actors.mapped_sources import MappedSources
 from raymerge.merge_actors.memory_files import MemoryFiles
 from raymerge.merge_actors.methods import SPARSIFIERS
 from raymerge.merge_actors.run_memory import RunMemory

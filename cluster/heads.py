@@ -14,13 +14,13 @@ from typing import Any
 
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.model_ref import ModelRef
-from raymerge.cluster.progress import counted
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.remarks import as_note
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import MismatchError
 from raymerge.merge_actors.task import RowRun
+from raymerge.merge_actors.wording import counted, some_of
 
 #: First components of the names of a classification head's tensors in transformers.
 _PARTS = frozenset({"classifier", "score", "classification_head", "pre_classifier", "logits_proj"})
@@ -162,8 +162,8 @@ def label_remarks(recipe: Recipe, models: Mapping[str, LoadedModel], *, strict: 
     if not named or not unnamed:
         return []
     line = (
-        f"labels of the head are named in {', '.join(named)} ({_some(labels[named[0]])}) but not in "
-        f"{', '.join(unnamed)} ({_some(labels[unnamed[0]])}), so their rows are merged by position all the same; "
+        f"labels of the head are named in {', '.join(named)} ({some_of(labels[named[0]], 4)}) but not in "
+        f"{', '.join(unnamed)} ({some_of(labels[unnamed[0]], 4)}), so their rows are merged by position all the same; "
         "write the names into id2label of config.json, or set heads: merge if the rows mean the same"
     )
     if strict:
@@ -182,7 +182,7 @@ def label_fault(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     if labels is None or not matrices or any(info.shape[0] == len(labels) for info in matrices):
         return None
     last = matrices[-1]
-    named = f"{counted(len(labels), 'label')} ({_some(labels)})"
+    named = f"{counted(len(labels), 'label')} ({some_of(labels, 4)})"
     return f"tensor {last.name} has {last.shape[0]:,} rows, but config.json has {named}; transformers would not load it"
 
 
@@ -259,8 +259,8 @@ def _refuse_different(labels: Mapping[str, tuple[str, ...]]) -> None:
         one, two = labels[first], labels[other]
         if one != two and (len(one) != len(two) or (_is_named(one) and _is_named(two))):
             raise MismatchError(
-                f"the heads of {first} and {other} have different labels ({_some(one)} and {_some(two)}), so their "
-                "rows do not mean the same; set heads: label-aware (match rows by name), keep (each model's head "
+                f"the heads of {first} and {other} have different labels ({some_of(one, 4)} and {some_of(two, 4)}), so "
+                "their rows do not mean the same; set heads: label-aware (match rows by name), keep (each model's head "
                 "beside the output), {keep: MODEL}, exclude, or merge (row by row all the same)"
             )
 
@@ -270,14 +270,10 @@ def _union(labels: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
         if not _is_named(names):
             raise MismatchError(
                 f"heads: label-aware matches rows by the names of labels, but config.json of {key} names none "
-                f"(id2label is {_some(names)}); write them there, or set heads: {{keep: MODEL}}"
+                f"(id2label is {some_of(names, 4)}); write them there, or set heads: {{keep: MODEL}}"
             )
         if len(set(names)) < len(names):
             raise MismatchError(
-                f"two labels of {key} have one name ({_some(names)}); mend id2label in its config"
+                f"two labels of {key} have one name ({some_of(names, 4)}); mend id2label in its config"
             )
     return tuple(dict.fromkeys(label for names in labels.values() for label in names))
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")

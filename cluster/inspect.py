@@ -32,11 +32,11 @@ from raymerge.cluster.measure import (
 )
 from raymerge.cluster.model_ref import parse_model
 from raymerge.cluster.parallel import num_usable_threads
-from raymerge.cluster.progress import counted
 from raymerge.merge_actors.checkpoint.folder import Checkpoint, open_checkpoint
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.dtypes import is_float
 from raymerge.merge_actors.errors import RecipeError
+from raymerge.merge_actors.wording import counted
 from raymerge.stats.delta import QUANTILE_RELATIVE_ERROR, Agreement
 from raymerge.stats.verdict import SFT_MAGNITUDE, SFT_QUANTILE, Judgement, MatrixRow, judge
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raymerge.merge_actors.checkpoint.header import TensorInfo
 from raymerge.merge_actors.errors import VerifyError
+from raymerge.merge_actors.host_memory import available_bytes
 from raymerge.stats.model_loading import load_config
 from raymerge.stats.model_loading import model_class as model_class_of
 from raymerge.stats.own_code import FLAG, code_files, code_remark, load_with_code, model_needs_code
@@ -83,7 +84,7 @@ def check_load(
             )
             said = tuple(remarks)
             return LoadCheck(how="skipped", architecture=architecture, num_tokens=num_tokens, remarks=said)
-        if sum(info.num_bytes for info in tensors.values()) <= _MEMORY_FRACTION * _available_bytes():
+        if sum(info.num_bytes for info in tensors.values()) <= _MEMORY_FRACTION * available_bytes():
             how, (missing, unexpected) = "loaded", _load(folder, model_class)
         else:
             how, (missing, unexpected) = "compared", _compare(folder, model_class, loaded_config, tensors)
@@ -221,11 +222,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if has_bars:
             logging.enable_progress_bar()
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 0

@@ -34,6 +34,7 @@ from raymerge.merge_actors.errors import MismatchError, RecipeError
 from raymerge.merge_actors.methods import METHODS
 from raymerge.merge_actors.methods.interface import Method, Settings
 from raymerge.merge_actors.methods.regmean import check_rows
+from raymerge.merge_actors.wording import some_of
 from raymerge.stats.statistics_file import Statistics
 
 #: What a tensor is as an input, by model, what was measured of it, and name; None if the model lacks it.
@@ -124,8 +125,7 @@ class _Matcher:
             if not any(is_excluded(name, [pattern]) for name in self._names)
         ]
         for note, names in self._notes.items():
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-            line = f"{note}: {some}"
+            line = f"{note}: {some_of(names)}"
             lines.append(as_note(line) if note in self._asked else line)
         return lines
 

@@ -16,10 +16,11 @@ from raymerge.cluster.campaign import (
 )
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.plan import Plan, RecipePlan
-from raymerge.cluster.progress import counted, gib
+from raymerge.cluster.progress import gib
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import describe_missing
 from raymerge.merge_actors.methods import METHODS
+from raymerge.merge_actors.wording import counted, some_of
 
 #: Tasks of a worker that hold buffers at once, as `merge_actors.worker.NUM_LANES` says.
 _NUM_LANES = 2
@@ -105,8 +106,7 @@ def _coverage_text(recipe: dict[str, Any]) -> list[str]:
     line = f"  {coverage['num_measured']:,} of {coverage['num_expected']:,} {what}"
     for key, words in (("excluded", "excluded"), ("fallback", "by fallback")):
         if names := coverage[key]:
-            more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-            line += f", {len(names):,} {words} ({', '.join(names[:5])}{more})"
+            line += f", {len(names):,} {words} ({some_of(names, 5)})"
     return [line]
 
 

@@ -96,8 +96,3 @@ def gib(num_bytes: int) -> str:
             return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
         amount /= 1024
     return f"{amount:,.1f} TiB"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 tensor", "2,000 tensors"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -16,7 +16,6 @@ from raymerge.cluster.heads import label_fault
 from raymerge.cluster.load_check import LoadCheck, check_load
 from raymerge.cluster.manifest import FORMAT_VERSION
 from raymerge.cluster.parallel import map_in_order, num_usable_threads
-from raymerge.cluster.progress import counted
 from raymerge.cluster.remote_verify import REMARK, loadable
 from raymerge.cluster.run_folder import MANIFEST_NAME
 from raymerge.merge_actors.checkpoint.files import read_json
@@ -27,6 +26,7 @@ from raymerge.merge_actors.errors import CheckpointError, VerifyError
 from raymerge.merge_actors.storage.folders import entries, exists, map_concurrently, read_bytes
 from raymerge.merge_actors.storage.storage_files import StorageFiles
 from raymerge.merge_actors.storage.uris import absolute, is_remote, without_file_scheme
+from raymerge.merge_actors.wording import counted
 
 #: What a thread reads at once, rounded down to whole chunks of a checksum.
 _PIECE_BYTES = 16 << 20

@@ -20,6 +20,7 @@ from raymerge.cluster.tokenizer_policy import TokenizerPolicy, TokenPolicy
 from raymerge.cluster.tokenizer_tokens import read_token_ids
 from raymerge.cluster.vocabulary_rows import BorrowedRow, ModelRows, coalesce, require_rows, round_up
 from raymerge.merge_actors.errors import CheckpointError
+from raymerge.merge_actors.wording import some_of
 
 if TYPE_CHECKING:
     from raymerge.cluster.matched import LoadedModel
@@ -208,8 +209,7 @@ def _remarks(
     """Say what becomes of the vocabulary."""
     remarks = [f"vocabulary of {num_rows:,} rows: the {len(ids) - len(added):,} tokens of {source}"]
     if added:
-        some = ", ".join(list(added)[:3]) + (f" and {len(added) - 3:,} more" if len(added) > 3 else "")
-        remarks[0] += f" and {len(added):,} added ({some})"
+        remarks[0] += f" and {len(added):,} added ({some_of(list(added))})"
     for key, tokens in merged.items():
         known = sum(1 for token in tokens.ids if token in ids)
         if tokens.ids and known < _FEW_FRACTION * len(tokens.ids):

@@ -22,6 +22,7 @@ from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.methods.gram_matrix import triangle_elements
 from raymerge.merge_actors.storage.folders import exists, map_concurrently, read_bytes
 from raymerge.merge_actors.storage.uris import absolute, is_remote
+from raymerge.merge_actors.wording import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 MANIFEST = "raymerge_statistics.json"
 FORMAT_VERSION = 1
 StatisticsKind = Literal["gram", "fisher"]
-_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,8 @@ class Statistics:
         unmatched = [name for name in self.modules if name not in checkpoint.tensors]
         if unmatched:
             raise MismatchError(
-                f"the statistics {self.path} name {_some(unmatched)}, which {checkpoint.path} does not have."
+                f"the statistics {self.path} name {some_of(list(map(repr, unmatched)))}, which {checkpoint.path} "
+                "does not have."
             )
         for name, module in self.modules.items():
             _check_shape(self.path, name, module, checkpoint.tensors[name])
@@ -98,7 +99,8 @@ class Statistics:
         wanted = coverage.covered if expected is None else tuple(expected)
         if missing := [name for name in wanted if name not in self.modules]:
             raise MismatchError(
-                f"the statistics {self.path} lack {_some(missing)}; measure the model again, or exclude them."
+                f"the statistics {self.path} lack {some_of(list(map(repr, missing)))}; measure the model again, or "
+                "exclude them."
             )
         return coverage
 
@@ -269,11 +271,6 @@ def _check_shape(path: str, name: str, module: Module, weight: TensorInfo) -> No
             f"the statistics {path} of {name} are for {module.in_features or list(module.tensor.shape)} "
             f"input features, but the weight has the shape {list(weight.shape)}."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

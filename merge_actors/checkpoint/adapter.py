@@ -31,6 +31,7 @@ from raymerge.merge_actors.checkpoint.pickles import TIED_KEY, converted
 from raymerge.merge_actors.checkpoint.ties import are_same
 from raymerge.merge_actors.errors import CheckpointError, MismatchError
 from raymerge.merge_actors.storage.folders import exists
+from raymerge.merge_actors.wording import some_of
 
 #: base_model.model.<module>.lora_A[.<adapter>].weight; embeddings have no ".weight".
 _LOW_RANK = re.compile(
@@ -235,9 +236,8 @@ def _full_tensors(
 
 def _refuse_unknown(modules: list[str], names: BaseNames, path: str) -> None:
     if modules:
-        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
         raise CheckpointError(
-            f"adapter {path!r} changes {', '.join(modules[:3])}{more}, which the base {names.base.path!r} "
+            f"adapter {path!r} changes {some_of(modules)}, which the base {names.base.path!r} "
             f"does not have{names.nearest(modules[0])}; give the base that the adapter was trained on."
         )
 

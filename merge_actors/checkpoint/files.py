@@ -18,6 +18,7 @@ from raymerge.merge_actors.errors import CheckpointError
 from raymerge.merge_actors.storage.folders import entries, read_bytes
 from raymerge.merge_actors.storage.store import Entry
 from raymerge.merge_actors.storage.uris import is_remote
+from raymerge.merge_actors.wording import some_of
 
 #: Weights of an adapter, which is no model by itself.
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -113,7 +114,7 @@ def _from_index(folder: str, listed: Sequence[str], index: str, *, is_pickle: bo
     if absent:
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of the {len(names)} files in {os.path.basename(index)}: "
-            f"{_some(absent)}; {_AGAIN}."
+            f"{some_of(absent)}; {_AGAIN}."
         )
     paths = tuple(os.path.join(folder, name) for name in names)
     return DataFiles(paths=paths, is_pickle=is_pickle, index=index, weight_map=weight_map)
@@ -160,14 +161,9 @@ def _check_complete(folder: str, paths: tuple[str, ...]) -> None:
         absent = [other for other in expected if other not in names]
         if absent:
             raise CheckpointError(
-                f"{folder} lacks {len(absent)} of {int(count)} shards and has no index: {_some(absent)}; "
+                f"{folder} lacks {len(absent)} of {int(count)} shards and has no index: {some_of(absent)}; "
                 f"{_AGAIN}."
             )
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
 
 
 def _nothing_found(folder: str, names: Sequence[str]) -> CheckpointError:
@@ -182,7 +178,7 @@ def _nothing_found(folder: str, names: Sequence[str]) -> CheckpointError:
         if each.is_folder
         and any(inner.name.endswith(".safetensors") for inner in entries(os.path.join(folder, each.name)))
     ]
-    hint = f"; there are some in {_some(below)}: give that folder" if below else ""
+    hint = f"; there are some in {some_of(below)}: give that folder" if below else ""
     return CheckpointError(
         f"{folder} holds no *.safetensors and no pytorch_model*.bin{hint or ': check the path'}."
     )

@@ -19,6 +19,7 @@ from raymerge.merge_actors.errors import CheckpointError
 from raymerge.merge_actors.storage.folders import entries
 from raymerge.merge_actors.storage.mirror import SMALL_FILES, mirrored
 from raymerge.merge_actors.storage.uris import absolute, is_remote
+from raymerge.merge_actors.wording import some_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _WEIGHTS = ["*.safetensors"]
@@ -139,5 +140,4 @@ def _near_by(local: str) -> str:
         return f" (did you mean {os.path.join(parent, close[0])}?)"
     if not folders:
         return f" ({parent} has no folders)"
-    more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
-    return f" ({parent} has the folders {', '.join(folders[:5])}{more})"
+    return f" ({parent} has the folders {some_of(folders, 5)})"

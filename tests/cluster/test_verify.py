@@ -97,7 +97,7 @@ def test_a_good_output_passes_and_loads(
 def test_an_output_larger_than_memory_is_compared_with_its_class(
     tiny_checkpoints: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
-    monkeypatch.setattr("raymerge.cluster.load_check._available_bytes", lambda: 0)
+    monkeypatch.setattr("raymerge.cluster.load_check.available_bytes", lambda: 0)
     checkpoint = open_checkpoint(tiny_checkpoints(architecture).base)
     found = check_load(checkpoint.folder, checkpoint.tensors, checkpoint.config)
     assert (found.how, found.missing_keys, found.unexpected_keys) == ("compared", (), ())
@@ -114,7 +114,7 @@ def test_an_output_larger_than_memory_is_compared_with_its_class(
 def test_a_wrong_shape_is_found_without_loading(
     tiny_checkpoints: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("raymerge.cluster.load_check._available_bytes", lambda: 0)
+    monkeypatch.setattr("raymerge.cluster.load_check.available_bytes", lambda: 0)
     folder = tmp_path / "out"
     shutil.copytree(tiny_checkpoints("llama").base, folder)
     config = json.loads((folder / "config.json").read_text())
