@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from raymerge.cluster.ray_address import check_listens
 from raymerge.cluster.worker_group import InProcessGroup, WorkerGroup
 from raymerge.merge_actors.errors import ClusterError, RecipeError
 
@@ -186,6 +187,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM) if is_main else None
     try:
         if address:
+            check_listens(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(

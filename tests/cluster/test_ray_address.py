@@ -1,0 +1,46 @@
+"""An address where no cluster listens is one sentence and not a wait."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from raymerge.cluster import ray_address
+from raymerge.cluster.ray_address import check_listens
+from raymerge.merge_actors.errors import ClusterError
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 1.0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_nothing_listens(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at {host}:{port}: .*give HOST:PORT"):
+        check_listens(f"{host}:{port}")
+
+
+def test_a_port_that_there_is_not() -> None:
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:99999"):
+        check_listens("127.0.0.1:99999")
+
+
+def test_a_head_that_begins_to_listen_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 60.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        threading.Timer(0.3, server.listen).start()
+        begun = time.monotonic()
+        check_listens(f"127.0.0.1:{server.getsockname()[1]}")
+        assert time.monotonic() - begun > 0.2
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
+def test_other_addresses_are_rays(address: str) -> None:
+    check_listens(address)
