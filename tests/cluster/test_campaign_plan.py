@@ -83,7 +83,10 @@ def _fingerprint(folder: Path, vocabulary: str | None = None, **options: Any) ->
     if vocabulary:
         raw["vocabulary"] = vocabulary
     recipes, _ = read_recipes([raw], MergeOptions(**options))
-    return plan_wave(recipes, {"r": "/out"}, MergeOptions(**options), {}).fingerprint
+    wave = plan_wave(recipes, {"r": "/out"}, MergeOptions(**options), {})
+    # What every node is asked whether it sees it.
+    assert wave.plan.input_folders() == {str(folder / name) for name in ("base", "lora", "one")}
+    return wave.fingerprint
 
 
 def test_the_fingerprint_is_another_when_anything_is_that_decides_the_output(

@@ -254,6 +254,8 @@ def test_statistics_belong_to_what_a_run_was_planned_from(measured: Any, tmp_pat
         wave = plan_wave([read], {"merged": str(tmp_path / "out")}, MergeOptions(), {})
         fingerprints.append(wave.fingerprint)
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    # What every node is asked whether it sees it.
+    assert wave.plan.input_folders() == {str(tmp_path / name) for name in ("m0", "m1", "s0", "s1")}
 
 
 def test_statistics_of_the_base_alone_are_refused_for_a_model_with_an_adapter(

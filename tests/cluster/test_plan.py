@@ -199,6 +199,18 @@ def test_small_tensors_share_a_task() -> None:
     assert (plan.read_bytes, plan.write_bytes) == (2 * (24 + 8), 24 + 8)
 
 
+@pytest.mark.parametrize("dtypes", [("BF16", "F64"), ("F64", "BF16")])
+def test_the_widest_input_decides_the_length_of_a_piece(dtypes: tuple[str, str]) -> None:
+    shape = (16, UNIT)
+    models = {
+        name: checkpoint(name, {"w": (dtype, shape)})
+        for name, dtype in zip(("one", "two"), dtypes, strict=True)
+    }
+    plan = plan_of([linear("r", ["one", "two"])], models, slice_bytes=16 * UNIT)
+    assert_sound(plan)
+    assert [piece.num_elements for task in plan.tasks for piece in task.pieces] == [2 * UNIT] * 8
+
+
 def test_large_tensor_is_cut_at_units() -> None:
     """A tensor over the slice is cut into runs of whole units; its method needs no state."""
     rows = UNIT // 1000  # of a unit
