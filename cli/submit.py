@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raymerge.cli.main import main, print_json
+from raymerge.cli.submit_check import check_without_running
 from raymerge.merge_actors.actor_log import JOB_VARIABLE
 from raymerge.merge_actors.errors import RecipeError
 
@@ -191,13 +192,15 @@ def _checked_words(
         known = ", ".join(sorted(set(main.list_commands(context)) - _NOT_AS_A_JOB))
         raise click.UsageError(f"{name!r} is no command that runs on a cluster; those are {known}")
     with found.make_context(name, list(arguments), parent=context.parent) as checked:
-        given = _given(checked, arguments)
+        given, parameters = _given(checked, arguments), dict(checked.params)
     if given.get("in_process") or given.get("address"):
         raise RecipeError("submit says where the command runs: leave --address and --in-process away")
     own_gpus = 0
     if num_gpus is not None:
         own_gpus = _put_on_gpus(found, given, num_gpus)
-    if plan and any(parameter.name == "dry_run" for parameter in found.params) and not given.get("dry_run"):
+    if plan:
+        check_without_running(name, parameters)
+    if plan and "dry_run" in parameters and not given.get("dry_run"):
         words = [word for word, _ in _words(found, {**given, "dry_run": True})]
         with found.make_context(name, words, parent=context.parent) as dry:
             # The job will say all of it again; only an error counts here.

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from raymerge.cluster import patience, signs_of_life
 from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.versions import installed_versions
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import NoExchange, ThreadExchange, ThreadMeeting
 from raymerge.stats.measure_job import MeasureJob
@@ -133,9 +134,10 @@ class RayActivationGroup:
         skin: Any = RayActivationWorker  # the decorator's type is Ray's own
         while True:
             self._actors = [
-                skin.options(**self._options).remote(job, rank) for rank in range(self.num_workers)
+                skin.options(**self._options).remote(job, rank, installed_versions())
+                for rank in range(self.num_workers)
             ]
-            ready = [actor.pid.remote() for actor in self._actors]
+            ready = [actor.begin.remote() for actor in self._actors]
             done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)
             if not done and self._waited(ready):
                 done, _ = ray.wait(ready, num_returns=len(ready), timeout=GATHER_SECONDS)

@@ -77,6 +77,34 @@ def evaluate(
         RaymergeError: with one sentence for the user.
     """
     started = time.monotonic()
+    checkpoint, spec = check_evaluation(
+        model,
+        evaluation,
+        split=split,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        on_remark=on_remark,
+    )
+    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, devices=_devices(checkpoint, spec, device))
+    return EvaluationResult(
+        model=model, split=split, metrics=metrics, scores=scores, seconds=time.monotonic() - started
+    )
+
+
+def check_evaluation(
+    model: str,
+    evaluation: Evaluation,
+    *,
+    split: Split,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    on_remark: Callable[[str], None] = lambda line: None,
+) -> tuple[Checkpoint, EvaluationSpec]:
+    """Check that a model can be scored on tasks, as `evaluate` would; return both as they were opened.
+
+    Raises:
+        RaymergeError: with one sentence for the user.
+    """
     if split not in SPLITS:
         raise RecipeError(f"the split {split!r} is none of {', '.join(SPLITS)}.")
     spec = evaluation if isinstance(evaluation, EvaluationSpec) else read_evaluation(evaluation)
@@ -88,10 +116,7 @@ def evaluate(
     shapes |= {alias: shapes[name] for alias, name in checkpoint.tied.items()}
     for line in expect_fit(spec, checkpoint.folder, shapes, splits=(split,)):
         on_remark(line)
-    metrics, scores = evaluate_checkpoint(checkpoint, spec, split, devices=_devices(checkpoint, spec, device))
-    return EvaluationResult(
-        model=model, split=split, metrics=metrics, scores=scores, seconds=time.monotonic() - started
-    )
+    return checkpoint, spec
 
 
 def read_evaluation(source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]) -> EvaluationSpec:

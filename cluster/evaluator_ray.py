@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,7 +19,9 @@ from raymerge.cluster.evaluator_gpus import Node, visible_gpu_bytes
 from raymerge.cluster.evaluator_group import Call, Event, Failure, Gone, Raised, Returned, answer
 from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.actor_log import begin_log
-from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.errors import ClusterError, RaymergeError
+from raymerge.merge_actors.place_check import check_place
+from raymerge.merge_actors.versions import installed_versions
 
 #: How long nodes may take to say how much memory their GPUs have.
 _ASK_SECONDS = 60.0
@@ -33,7 +35,13 @@ _LOSSES_PER_EVALUATOR = 4
 class RayEvaluator:
     """`Evaluator` as an actor."""
 
-    def __init__(self, job: EvaluatorJob) -> None:
+    def __init__(self, job: EvaluatorJob, versions: Mapping[str, str]) -> None:
+        self._refusal: ClusterError | None = None
+        try:
+            check_place(versions, job.device)
+        except ClusterError as error:  # told by `begin`: an actor that fails to start only says that it did
+            self._refusal = error
+            return
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         begin_log(f"evaluator, Ray's job {ray.get_runtime_context().get_job_id()}")
@@ -48,8 +56,14 @@ class RayEvaluator:
             _leave_if_broken()
         return report
 
-    def pid(self) -> int:
-        """Return the process id."""
+    def begin(self) -> int:
+        """Return the process id.
+
+        Raises:
+            ClusterError: versions differ from the driver's, or torch cannot use the GPU.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         return os.getpid()
 
     @ray.method(concurrency_group="life")  # type: ignore[untyped-decorator]
@@ -224,13 +238,15 @@ class RayEvaluators:
         number = self._next_number
         self._next_number += 1
         skin: Any = RayEvaluator  # the decorator's type is Ray's own
-        actor = skin.options(**self._options).remote(self._in_store)
-        self._starting[actor.pid.remote()] = (number, actor)
+        actor = skin.options(**self._options).remote(self._in_store, installed_versions())
+        self._starting[actor.begin.remote()] = (number, actor)
 
     def _joined(self, reference: Any) -> list[Event]:
         number, actor = self._starting.pop(reference)
         try:
             self.pids[number] = ray.get(reference, timeout=30)
+        except RaymergeError:  # of `begin`: the next one would say the same
+            raise
         except (RayError, GetTimeoutError) as error:
             return self._lose(number, actor, f"evaluator {number} did not start: {_first_line(error)}")
         self._actors[number] = actor

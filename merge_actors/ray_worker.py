@@ -12,6 +12,7 @@ import ray
 
 from raymerge.merge_actors.actor_log import begin_log
 from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.place_check import check_place
 from raymerge.merge_actors.ray_metrics import ActorMetrics
 from raymerge.merge_actors.task import (
     FileTask,
@@ -22,7 +23,6 @@ from raymerge.merge_actors.task import (
     SolveTask,
     TaskReport,
 )
-from raymerge.merge_actors.versions import check_versions
 from raymerge.merge_actors.worker import NUM_LANES, MergeWorker
 
 R = TypeVar("R", TaskReport, MeasureReport)
@@ -53,7 +53,7 @@ class RayMergeWorker:
 
     def _begin(self, context: RunContext) -> None:
         begin_log(f"merge worker, run {context.run_id[:12]}")
-        check_versions(context.versions)
+        check_place(context.versions, context.device)
         if context.device == "cpu":
             # Ray shows every GPU to an actor that asks for none. (A runtime_env would hide them
             # too, but then Ray cannot use the processes that it keeps ready.)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 
 from raymerge.merge_actors.actor_log import begin_log
+from raymerge.merge_actors.place_check import check_place
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import TorchExchange, join_store, make_store
 from raymerge.stats.layer_groups import LayerGroup
@@ -20,7 +21,8 @@ from raymerge.stats.measure_job import Description, Entry, GroupReport, MeasureJ
 class RayActivationWorker:
     """`ActivationWorker` as an actor of a group."""
 
-    def __init__(self, job: MeasureJob, rank: int) -> None:
+    def __init__(self, job: MeasureJob, rank: int, versions: Mapping[str, str]) -> None:
+        self._versions = versions
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         begin_log(f"activation worker {rank}, run in {job.work_folder}")
@@ -58,6 +60,11 @@ class RayActivationWorker:
         """Return how many tokens have passed."""
         return self._worker.num_tokens
 
-    def pid(self) -> int:
-        """Return the process id."""
+    def begin(self) -> int:
+        """Return the process id.
+
+        Raises:
+            ClusterError: versions differ from the driver's, or torch cannot use the GPU.
+        """
+        check_place(self._versions, self._worker.job.device)
         return os.getpid()

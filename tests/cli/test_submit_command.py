@@ -103,6 +103,32 @@ def test_what_was_typed_runs_as_it_was_typed(sent, recipe):
     assert command == f"verify {recipe}/a --no-load"
 
 
+def test_commands_without_a_dry_run_are_checked_before_they_are_sent(sent, recipe):
+    assert "folder-that-is-gone" in sent(
+        "--", "stats", "folder-that-is-gone", "--data", "d.jsonl", "--out", "s"
+    )
+    assert "the data 'd.jsonl' do not exist here" in sent(
+        "--", "stats", "a", "--data", "d.jsonl", "--out", "s"
+    )
+    stats = ("--", "stats", "a", "--data", "org/data", "--out", "s")
+    assert sent(*stats)[0] == f"stats {recipe}/a --data org/data --out {recipe}/s"
+    tasks = "evaluate:\n  tasks:\n    - {name: web, kind: loss, validation: rows.jsonl}\n"
+    Path("tasks.yaml").write_text(tasks)
+    evaluate = ("--", "evaluate", "a", "--tasks", "tasks.yaml")
+    assert "rows.jsonl" in sent(*evaluate)
+    assert isinstance(sent("--no-check", *evaluate), tuple)
+    Path("rows.jsonl").write_text('{"text": "word1 word2 word3"}\n')
+    assert isinstance(sent(*evaluate), tuple)
+    head = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: $w}\n"
+    search = f"{head}grid: {{w: {{low: 0.1, high: 1}}}}\nsearch: {{trials: 3}}\n{tasks}select: {{metric: web.loss}}\n"
+    Path("search.yaml").write_text(search)
+    assert isinstance(sent("--", "search", "search.yaml", "out"), tuple)
+    Path("search.yaml").write_text(search.replace("web.loss", "web.gain"))
+    assert "web.gain" in sent("--", "search", "search.yaml", "out")
+    Path("search.yaml").write_text(search.replace("model: b", "model: ./gone"))
+    assert "gone" in sent("--", "search", "search.yaml", "out")
+
+
 def test_gpus_are_of_the_workers_or_of_a_command_without(sent, recipe):
     two = "--num-gpus", "2"
     merge, verify = ("merge", "average.yaml", "out"), ("verify", "a")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import site
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -120,3 +122,31 @@ def test_the_package_travels_whole(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == str(tmp_path / "raymerge" / "__init__.py")
+
+
+def test_the_package_merges_where_raymerge_is_not_installed(tmp_path, tiny_checkpoints):
+    """A node may have Ray, torch and the rest, but no raymerge and no metadata of it."""
+    there = tmp_path / "site"
+    there.mkdir()
+    for entry in map(Path, site.getsitepackages()):
+        for each in entry.iterdir():
+            if not each.name.startswith(("raymerge", "__editable__")) and each.suffix != ".pth":
+                (there / each.name).symlink_to(each)
+    job = tmp_path / "job"
+    job.mkdir()
+    copy_package(str(job))
+    models = [{"model": str(model)} for model in tiny_checkpoints("llama").models]
+    recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    (job / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    # -S: what the interpreter has installed is not seen.
+    command = [sys.executable, "-S", "-m", "raymerge", "merge", "recipe.yaml", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(there)}
+    done = subprocess.run(
+        [*command, "--in-process", "--workers", "1"],
+        cwd=job,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

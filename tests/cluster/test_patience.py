@@ -1,4 +1,4 @@
-"""A cluster that has not what is asked for: what the user hears meanwhile, and at the end; the log of an actor."""
+"""A cluster that has not what is asked for, or has other versions: what the user hears; the log of an actor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import raymerge
 from raymerge.cluster import activation_group, patience
 from raymerge.cluster.activation_group import RayActivationGroup
 from raymerge.merge_actors.errors import ClusterError
+from raymerge.merge_actors.versions import installed_versions
 
 HAS = r"the cluster has \S+ of 4 CPU free, 0 of 0 GPU free"
 
@@ -73,6 +74,42 @@ def test_evaluators_on_gpus_wait_for_a_machine_that_has_some(hurried, tmp_path):
         connected_evaluators(evaluation, GridOptions(device="cuda")),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("device", "versions", "said"),
+    [
+        ("cpu", {"torch": "1.0"}, "the driver has torch 1.0, node .* has torch"),
+        ("cuda", {}, "torch .* cannot use it: .*; its driver must be as new as"),
+    ],
+)
+def test_actors_of_all_kinds_refuse_other_versions_and_a_gpu_that_torch_cannot_use(
+    device, versions, said, ray_session, monkeypatch, tmp_path
+):
+    import torch
+
+    from raymerge.cluster import evaluator_ray
+    from raymerge.cluster.ray_group import RayGroup
+    from raymerge.merge_actors.task import RunContext
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("torch can use the GPU here")
+    versions = {**installed_versions(), **versions}
+    for module in (evaluator_ray, activation_group):
+        monkeypatch.setattr(module, "installed_versions", lambda: versions)
+    job: Any = SimpleNamespace(num_slots=1, device=device, work_folder=str(tmp_path))
+    context = RunContext(run_id="0", settings=(), device=device, num_threads=1, versions=versions)
+    evaluators = evaluator_ray.RayEvaluators(1, job, num_cpus=1, num_gpus=0)
+    for group, start in (
+        (evaluators, evaluators.start),
+        (group := RayActivationGroup(1, num_gpus=0), lambda group=group: group.start(job)),
+        (group := RayGroup(1, num_cpus=1, num_gpus=0), lambda group=group: group.start(context)),
+    ):
+        try:
+            with pytest.raises(ClusterError, match=said):
+                start()
+        finally:
+            group.close()
 
 
 def test_an_actors_log_names_its_run(ray_session, tiny_checkpoints, tmp_path):
