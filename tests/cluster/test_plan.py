@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from raymerge.cluster.match import match
 from raymerge.cluster.matched import LoadedModel
 from raymerge.cluster.plan import Plan, RecipePlan, make_plan
+from raymerge.cluster.plan_files import tasks_by_file
 from raymerge.cluster.recipe import load_recipes
 from raymerge.merge_actors.checkpoint.folder import Checkpoint
 from raymerge.merge_actors.checkpoint.header import TensorInfo
@@ -31,7 +32,7 @@ from raymerge.merge_actors.methods.block import UNIT, unit_elements
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.slices import split_of
 from raymerge.merge_actors.randomness import stream_key
-from raymerge.merge_actors.task import Job, MergeTask, Piece, Read
+from raymerge.merge_actors.task import Job, MergeTask, OutputObject, Piece, Read
 
 KIB = 1 << 10
 #: Shape of a float32 tensor of two units.
@@ -209,6 +210,36 @@ def test_the_widest_input_decides_the_length_of_a_piece(dtypes: tuple[str, str])
     plan = plan_of([linear("r", ["one", "two"])], models, slice_bytes=16 * UNIT)
     assert_sound(plan)
     assert [piece.num_elements for task in plan.tasks for piece in task.pieces] == [2 * UNIT] * 8
+
+
+def test_files_that_share_inputs_by_way_of_others_are_made_together() -> None:
+    """a and b have a piece in common, c and b another one: one worker makes all three, and d apart."""
+    read = Read(model="m", tensor="w", file="i", offset=0, dtype="F32")
+
+    def task(number: int, *files: str, state: int | None = None) -> MergeTask:
+        jobs = tuple(
+            Job(
+                recipe=0,
+                tensor="w",
+                settings=0,
+                base=None,
+                models=(0,),
+                keys=(1,),
+                file=file,
+                offset=0,
+                dtype="F32",
+                state=state,
+            )
+            for file in files
+        )
+        piece = Piece(shape=(4,), begin=0, end=4, reads=(read,), jobs=jobs)
+        return MergeTask(number=number, pieces=(piece,), states=() if state is None else (state,))
+
+    objects = {name: OutputObject(name, b"", 16) for name in "abcd"}
+    found = tasks_by_file([task(0, "a", "b"), task(1, "d", state=7), task(2, "c", "b", state=3)], objects)
+    assert [[file.uri for file in each.files] for each in found] == [["a", "b", "c"], ["d"]]
+    assert [[part.number for part in each.parts] for each in found] == [[0, 2], [1]]
+    assert [each.states for each in found] == [(3,), (7,)]
 
 
 def test_large_tensor_is_cut_at_units() -> None:

@@ -255,6 +255,11 @@ def test_recipes_of_a_campaign_fill_rows_as_if_alone(
     both = _plan(_linear(base, longer, vocabulary="union"), _linear(base, other, vocabulary="union"))
     assert _read(both, 0)["base"] == [100, 101, 102, 103, 304, 305]
     assert _read(both, 1)["base"] == [100, 101, 102, 103, 504, 505]
+    # The same inputs, but another of them is the base that rows are filled from.
+    first = _task_arithmetic(longer, base, other, vocabulary="union")
+    both = _plan(first, _task_arithmetic(other, base, longer, vocabulary="union"))
+    assert _read(both, 0)["base"] == [100, 101, 102, 103, 304, 305]
+    assert _read(both, 1)["base"] == [100, 101, 102, 103, 504, 505]
 
 
 def test_slicing_does_not_change_rows(tmp_path: Path, write_token_model: Writer) -> None:

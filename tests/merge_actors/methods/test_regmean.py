@@ -558,3 +558,20 @@ def test_the_method_as_a_recipe_sees_it() -> None:
     assert REGMEAN.check(Settings(models=({"weight": 0.0}, {"weight": 0.5}))) is None
     broken = REGMEAN.check(Settings(models=({"weight": 0.0}, {"weight": 0.0})))
     assert broken == "the weights [0.0, 0.0] sum to 0; at least one model must have a weight above 0"
+
+
+@pytest.mark.parametrize(
+    ("gap", "is_float64", "has_jitter"),
+    [(2.0**-8, False, False), (2.0**-18, True, False), (2.0**-28, True, True)],
+)
+def test_a_factor_is_as_wide_as_its_condition_asks(gap: float, is_float64: bool, has_jitter: bool) -> None:
+    """Two features that agree but for `gap` have the condition 2 / gap; what float32 Grams leave open gets a ridge."""
+    triangle = torch.tensor([1.0, 1.0 - gap, 1.0], dtype=torch.float64)
+    report = positive_definite.factorise(triangle, 2).report
+    assert (report.is_float64, report.jitter > 0, report.rank) == (
+        is_float64,
+        has_jitter,
+        1 if has_jitter else 2,
+    )
+    if not has_jitter:
+        assert report.condition == pytest.approx(2 / gap, rel=0.02)
