@@ -201,6 +201,8 @@ class Jobs:
         Raises:
             ClusterError: the job is gone, or the connection breaks again and again.
         """
+        # Ray's dashboard writes the token into its log if it is asked for the log of a job that it does not know.
+        self._reached(submission_id)
         asyncio.run(self._follow(submission_id, write))
         return self.wait(submission_id)
 
@@ -218,7 +220,7 @@ class Jobs:
                 return
             except Exception as error:  # whatever aiohttp and the client raise for a broken connection
                 num_failures += 1
-                if self._reached(submission_id).is_ended:
+                if self._reached(submission_id).is_ended:  # or gone: then it raises, and nobody asks again
                     return
                 if num_failures > _MOST_RECONNECTIONS:
                     raise _cluster_error(error, self.address) from error
@@ -339,7 +341,7 @@ def _may_pass(error: BaseException | None) -> bool:
 
 def _cluster_error(error: BaseException, address: str | None) -> ClusterError:
     """Say in one sentence what a job server's answer means."""
-    text = str(error)
+    text = re.sub(r"(?i)bearer [^\s'\"]+", "***", redacted(str(error)))
     place = address or "this machine (neither --address, RAY_API_SERVER_ADDRESS nor RAY_ADDRESS says another)"
     if "401" in text or "403" in text or "uthenticat" in text:
         return ClusterError(

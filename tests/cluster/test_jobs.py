@@ -22,6 +22,7 @@ DETAILS = {"type": "SUBMISSION", "submission_id": "job", "entrypoint": "sleep 1"
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server: Any = self.server
+        server.paths.append(self.path)
         if self.path.startswith("/api/jobs/"):
             server.num_asked += 1
             trouble = server.troubles.pop(0) if server.troubles else None
@@ -60,7 +61,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(jobs_module, "_POLL_SECONDS", 0.01)
     made: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    made.details, made.troubles, made.num_asked, made.answers, made.deletions = dict(DETAILS), [], 0, [], []
+    made.details, made.troubles, made.num_asked, made.answers, made.deletions, made.paths = (
+        dict(DETAILS),
+        [],
+        0,
+        [],
+        [],
+        [],
+    )
     thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     made.jobs = Jobs(f"http://127.0.0.1:{made.server_address[1]}")
@@ -94,6 +102,27 @@ def test_what_does_not_pass_is_not_waited_for(server: Any) -> None:
     with pytest.raises(ClusterError, match=r"refused: .*no such thing"):
         server.jobs.wait("job")
     assert server.num_asked == 2
+
+
+def test_the_log_of_a_job_that_is_unknown_is_not_asked_for(server: Any) -> None:
+    """Ray's dashboard would answer with an error, and write the request with its token into a log of its own."""
+    with pytest.raises(ClusterError, match="knows no job other"):
+        server.jobs.follow("other", lambda text: None)
+    assert "/api/jobs/other" in server.paths
+    assert not [path for path in server.paths if path.endswith("/logs/tail")]
+
+
+def test_a_token_in_an_answer_is_not_repeated(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
+    for answer in (
+        "{'Authorization': 'Bearer fedcba98', 'Host': 'x'} broke",
+        "the token 0123456789abcdef broke",
+    ):
+        server.troubles += ["404"]
+        server.answers += [(500, answer)]
+        with pytest.raises(ClusterError, match=r"refused: .*\*\*\*.* broke") as caught:
+            server.jobs.submit("job", "sleep 1", "", environment={}, metadata={})
+        assert "fedcba98" not in str(caught.value) and "0123456789abcdef" not in str(caught.value)
 
 
 def test_a_name_that_another_takes_at_the_same_moment_is_not_an_error(server: Any, tmp_path: Any) -> None:
