@@ -39,12 +39,9 @@ def grid_command(
 
     chosen = GridOptions(**options)
     if dry_run:
-        from raymerge.cluster.grid_estimate import estimate, estimate_text
+        from raymerge.cluster.grid_estimate import estimate
 
-        found = estimate(grid, out, chosen, strict=strict)
-        for line in found["remarks"]:
-            remark(line)
-        print_json(found) if as_json else click.echo(estimate_text(found))
+        show_estimate(estimate(grid, out, chosen, strict=strict), as_json=as_json)
         return
     from raymerge.cluster.grid import grid as run
 
@@ -56,6 +53,15 @@ def grid_command(
         print_json(result.to_mapping())
     elif not quiet:
         show_result(result)
+
+
+def show_estimate(found: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a grid or a search would take."""
+    from raymerge.cluster.grid_estimate import estimate_text
+
+    for line in found["remarks"]:
+        remark(line)
+    print_json(found) if as_json else click.echo(estimate_text(found))
 
 
 def show_interrupt(out: str) -> NoReturn:

@@ -20,15 +20,6 @@ def check_without_running(command: str, options: Mapping[str, Any]) -> None:
         from raymerge.cluster.job_check import check_measurement
 
         check_measurement(options["model"], options["data"], allow_pickle=options["allow_pickle"])
-    elif command == "search":
-        from dataclasses import fields
-
-        from raymerge.cluster.grid_options import GridOptions
-        from raymerge.cluster.job_check import check_search
-
-        names = {field.name for field in fields(GridOptions)} & options.keys()
-        chosen = GridOptions(**{name: options[name] for name in names})
-        check_search(options["search"], chosen, strict=options["strict"])
     elif command == "evaluate":
         from raymerge.cluster.evaluate import check_evaluation
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from raymerge.cluster.evaluator import source_budget_bytes
+from raymerge.cluster.grid_axes import Axis
 from raymerge.cluster.grid_folder import GridFolder
 from raymerge.cluster.grid_needs import needs_of_grid
 from raymerge.cluster.grid_options import GridOptions
@@ -16,6 +17,8 @@ from raymerge.cluster.grid_spec import GridSource, read_grid
 from raymerge.cluster.progress import gib
 from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.results import read_rows
+from raymerge.cluster.search_spec import read_search
+from raymerge.cluster.search_study import Study
 from raymerge.merge_actors.errors import OutputError
 from raymerge.stats.evaluation.parts import RUNTIME_BYTES
 
@@ -40,13 +43,47 @@ def estimate(
     keys = {plan.point(number).key for number in range(num_points)}
     done = {row["key"]: row for row in _earlier_rows(folder)}
     left = keys - set(done)
-    seconds, basis = _seconds_per_point(plan, list(done.values()), folder.out)
     return {
         "num_points": num_points,
         "num_combinations": spec.num_combinations,
         "num_distinct": len(keys),
         "num_done": len(keys) - len(left),
-        "axes": {axis.name: len(axis.values) for axis in spec.axes},
+        **_of_the_plan(plan, folder, list(done.values()), num_points, len(left)),
+    }
+
+
+def estimate_search(
+    source: GridSource, out: str | os.PathLike[str], options: GridOptions, *, strict: bool = False
+) -> dict[str, Any]:
+    """Check a search and say what it would take at most, if no trial is given up and no two are the same.
+
+    Raises:
+        RaymergeError: whatever a run would refuse before its first trial.
+    """
+    spec = trusting(read_grid(source, is_search=True), options)
+    asked = read_search(spec, options.seed)
+    Study(spec, asked).ask()
+    folder = open_grid_folder(out)
+    plan = plan_grid(spec, options, strict=strict)
+    num_trials = min(asked.num_trials, options.limit or asked.num_trials)
+    done = _earlier_rows(folder, ("ok", "pruned"))
+    num_done = min(len(done), num_trials)
+    return {
+        "sampler": asked.sampler,
+        "seed": asked.seed,
+        "num_points": num_trials,
+        "num_done": num_done,
+        **_of_the_plan(plan, folder, done, num_trials, num_trials - num_done),
+    }
+
+
+def _of_the_plan(
+    plan: GridPlan, folder: GridFolder, done: list[dict[str, Any]], num_points: int, num_left: int
+) -> dict[str, Any]:
+    spec = plan.spec
+    seconds, basis = _seconds_per_point(plan, done, folder.out)
+    return {
+        "axes": {axis.name: _extent(axis) for axis in spec.axes},
         "metrics": list(spec.evaluation.metrics),
         "select": [objective.label for objective in spec.selection.objectives],
         "input_bytes": plan.input_bytes,
@@ -56,19 +93,32 @@ def estimate(
         "export_bytes": min(spec.top, num_points) * plan.output_bytes,
         "to_measure": [{"model": each.key, "data": each.data.to_mapping()} for each in plan.missing],
         "seconds_per_point": seconds,
-        "seconds": seconds * len(left),
+        "seconds": seconds * num_left,
         "basis": basis,
         "remarks": list(plan.remarks),
     }
 
 
+def _extent(axis: Axis) -> int | str:
+    """Return the number of an axis' values, or its range."""
+    return len(axis.values) if axis.range is None else f"{axis.range.low:g}..{axis.range.high:g}"
+
+
 def estimate_text(found: dict[str, Any]) -> str:
     """Lay an estimate out as text."""
-    axes = " x ".join(f"{name} {number:,}" for name, number in found["axes"].items())
-    points = f"{found['num_points']:,} points ({axes}"
-    if found["num_points"] != found["num_combinations"]:
-        points += f"; {found['num_combinations']:,} combinations before `where` and --limit"
-    lines = [f"{points}); {found['num_distinct']:,} distinct merges"]
+    axes = " x ".join(
+        f"{name} {extent if isinstance(extent, str) else format(extent, ',')}"
+        for name, extent in found["axes"].items()
+    )
+    if "sampler" in found:
+        lines = [
+            f"{found['num_points']:,} trials by {found['sampler']} with seed {found['seed']} ({axes}), none given up"
+        ]
+    else:
+        points = f"{found['num_points']:,} points ({axes}"
+        if found["num_points"] != found["num_combinations"]:
+            points += f"; {found['num_combinations']:,} combinations before `where` and --limit"
+        lines = [f"{points}); {found['num_distinct']:,} distinct merges"]
     if found["num_done"]:
         lines.append(f"{found['num_done']:,} of them are done")
     lines += [
@@ -105,13 +155,13 @@ def _sizes(gpu_bytes: dict[str, int]) -> str:
     )
 
 
-def _earlier_rows(folder: GridFolder) -> list[dict[str, Any]]:
+def _earlier_rows(folder: GridFolder, states: tuple[str, ...] = ("ok",)) -> list[dict[str, Any]]:
     try:
         with folder.readable():
             rows = read_rows(folder.path, ("key", "status", "split", "seconds", "same_as"))
     except OutputError:
         return []
-    return [row for row in rows if row["status"] == "ok" and row["split"] == "validation"]
+    return [row for row in rows if row["status"] in states and row["split"] == "validation"]
 
 
 def _seconds_per_point(plan: GridPlan, rows: list[dict[str, Any]], out: str) -> tuple[float, str]:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 
-from raymerge.cluster.grid_options import GridOptions
-from raymerge.cluster.grid_plan import plan_grid, trusting
-from raymerge.cluster.grid_spec import GridSource, read_grid
 from raymerge.cluster.model_ref import parse_model, place_of
-from raymerge.cluster.search_spec import read_search
 from raymerge.merge_actors.checkpoint.adapted import open_model
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.storage.uris import is_remote
@@ -30,14 +26,3 @@ def check_measurement(model: str, data: str, *, allow_pickle: bool) -> None:
     is_path = os.path.isabs(path) or path.startswith(".") or os.path.splitext(path)[1] in FORMATS
     if is_path and not is_remote(data) and not os.path.exists(path):
         raise RecipeError(f"the data {data!r} do not exist here; give a file, a folder or a data set's name.")
-
-
-def check_search(source: GridSource, options: GridOptions, *, strict: bool) -> None:
-    """Check all that a search would refuse before its first trial.
-
-    Raises:
-        RaymergeError: with what the search would say.
-    """
-    spec = trusting(read_grid(source, is_search=True), options)
-    read_search(spec, options.seed)
-    plan_grid(spec, options, strict=strict)

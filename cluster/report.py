@@ -70,14 +70,14 @@ def write_report(data: ReportData, out: str) -> list[str]:
         svg, told = _svg(title, draw)
         figures.append((title, told, svg))
         pictures[f"{PLOTS_FOLDER}/{number:02d}-{_file_name(title)}.png"] = _png(draw)
-    out = absolute(out)
-    for entry in entries(f"{out}/{PLOTS_FOLDER}"):
+    place = absolute(out)
+    for entry in entries(f"{place}/{PLOTS_FOLDER}"):
         if entry.name.endswith(".png"):  # of an earlier report
-            _remove(f"{out}/{PLOTS_FOLDER}/{entry.name}")
+            _remove(f"{place}/{PLOTS_FOLDER}/{entry.name}")
     files = {**pictures, PAGE_NAME: _page(data, figures).encode()}
     for name, content in files.items():
-        _write(f"{out}/{name}", content)
-    return [f"{out}/{name}" for name in (PAGE_NAME, *pictures)]
+        _write(f"{place}/{name}", content)
+    return [os.path.join(out, name) for name in (PAGE_NAME, *pictures)]
 
 
 def _write(path: str, content: bytes) -> None:

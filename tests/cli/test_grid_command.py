@@ -72,9 +72,16 @@ def test_a_grid_from_dry_run_to_report(grid_file: Path) -> None:
 
 def test_a_search(grid_file: Path) -> None:
     pytest.importorskip("optuna")
+    planned = json.loads(_run("search", "s.yaml", "out", "--dry-run", "--json").stdout)
+    assert (planned["num_points"], planned["num_done"], planned["sampler"]) == (3, 0, "tpe")
+    dry = _run("search", "s.yaml", "out", "--dry-run")
+    assert dry.stdout.startswith("3 trials by tpe with seed 0 (w 0..2), none given up\n")
+    assert not Path("out").exists()
     done = _run("search", "s.yaml", "out", "--in-process", "--workers", "1", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["num_run"] == 3
+    again = json.loads(_run("search", "s.yaml", "out", "--dry-run", "--json", "--limit", "5").stdout)
+    assert (again["num_done"], again["seconds"]) == (3, 0)
 
 
 def test_errors_are_one_sentence(grid_file: Path) -> None:
