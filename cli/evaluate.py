@@ -41,7 +41,7 @@ from raymerge.cli.shared import trust_option
 def evaluate_command(model: str, tasks: str, scores: str | None, as_json: bool, **options: Any) -> None:
     """Score MODEL on the tasks of FILE, as a grid scores its points.
 
-    MODEL is a folder or a Hub id, path[@revision]. Every metric has a standard error over the
+    MODEL is a folder, a URI or a Hub id, path[@revision]. Every metric has a standard error over the
     examples; with --scores two models can be compared example by example.
     """
     from raymerge.cluster.evaluate import evaluate, save_scores

@@ -9,7 +9,7 @@ from raymerge.cli.main import print_json, remark
 
 @click.command("inspect", epilog="Example: raymerge inspect --base llama/ math/ code/ --sample 0.05")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL [MODEL ...]")
-@click.option("--base", help="The model that the others were trained from: a folder or a Hub id.")
+@click.option("--base", help="The model that the others were trained from: a folder, a URI or a Hub id.")
 @click.option("--sample", type=float, help="Read only this share of each large tensor [default: all of it].")
 @click.option(
     "--tensors", "num_tensors", type=int, default=0, help="Also list the N tensors that moved most."
@@ -26,7 +26,7 @@ def inspect_command(
 ) -> None:
     """Show what each MODEL holds, and compare the models with their base.
 
-    MODEL is a folder or a Hub id, path[@revision]. With --base each model gets a verdict
+    MODEL is a folder, a URI or a Hub id, path[@revision]. With --base each model gets a verdict
     (identical, SFT-sized deltas, continued pretraining, different backbone, different
     architecture) and the figures it rests on; without it, models are compared with each other.
     """

@@ -107,7 +107,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 def stats_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL over a calibration set and write its statistics to OUT.
 
-    MODEL is a folder or a Hub id, path[@revision], or with a LoRA adapter MODEL+ADAPTER. Statistics do
+    MODEL is a folder, a URI or a Hub id, path[@revision], or with a LoRA adapter MODEL+ADAPTER. Statistics do
     not depend on the number of workers, the size of batches or the memory budget. A finished layer group
     is kept: after a failure the same command with --resume repeats only the group that was under way.
     """
