@@ -13,15 +13,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import raymerge
+from raymerge.cluster.campaign import plan_wave, read_recipes
 from raymerge.cluster.manifest import MANIFEST_NAME
+from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.verify import verify
 from raymerge.merge_actors.errors import RecipeError
 from raymerge.merge_actors.methods.gram_matrix import pack_upper
+from raymerge.merge_actors.task import SolveTask
 
-E, O, I = 3, 5, 6  # noqa: E741 - the house letters for out and in features
+E, O, I = 4, 5, 6  # noqa: E741 - the house letters for out and in features
 UP, DOWN = "experts.up", "experts.down"
-ROWS = ((20, 9, 0), (30, 0, 0))
-"""Inputs of each expert: the second reaches one of the second model only, the third none of any."""
+ROWS = ((20, 9, 0, 12), (30, 0, 0, 60))
+"""Inputs of each expert: the second is reached in the first model only, the third in none."""
 
 
 @pytest.fixture
@@ -96,6 +99,17 @@ def test_every_expert_is_solved_by_its_own_inputs(alpha: float, models: Any, tmp
     verify(out, load=False)  # checksums of tensors that were written in parts
     row = json.loads((out / MANIFEST_NAME).read_text())["tensors"][UP]
     assert row["num_dead_inputs"] == I and row["rank"] == 0  # the worst expert: the third
+
+
+def test_every_expert_has_a_mask_of_its_own(models: Any) -> None:
+    folders = models[0]
+    recipe = _recipe(folders) | {"base_model": str(folders[0])}
+    for each in recipe["models"]:
+        each["parameters"] = {"sparsify": {"method": "random", "density": 0.5}}
+    recipes, _ = read_recipes([{"name": "r", **recipe}], MergeOptions())
+    tasks = plan_wave(recipes, {"r": "/out"}, MergeOptions(), {}).plan.tasks
+    keys = [key for task in tasks if isinstance(task, SolveTask) for job in task.jobs for key in job.keys]
+    assert len(keys) == 2 * E * len(folders) == len(set(keys))
 
 
 def test_bytes_do_not_depend_on_workers(models: Any, tmp_path: Path) -> None:

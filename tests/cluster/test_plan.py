@@ -213,7 +213,7 @@ def test_the_widest_input_decides_the_length_of_a_piece(dtypes: tuple[str, str])
 
 
 def test_files_that_share_inputs_by_way_of_others_are_made_together() -> None:
-    """a and b have a piece in common, c and b another one: one worker makes all three, and d apart."""
+    """One piece goes to a and b, another to b and c: one worker makes all three, and another one d."""
     read = Read(model="m", tensor="w", file="i", offset=0, dtype="F32")
 
     def task(number: int, *files: str, state: int | None = None) -> MergeTask:
@@ -240,6 +240,9 @@ def test_files_that_share_inputs_by_way_of_others_are_made_together() -> None:
     assert [[file.uri for file in each.files] for each in found] == [["a", "b", "c"], ["d"]]
     assert [[part.number for part in each.parts] for each in found] == [[0, 2], [1]]
     assert [each.states for each in found] == [(3,), (7,)]
+    pieces = [task(0, "a", state=state).pieces[0] for state in (2, 9)]
+    (one,) = tasks_by_file([MergeTask(number=0, pieces=tuple(pieces), states=(2, 9))], {"a": objects["a"]})
+    assert one.states == one.parts[0].states == (2, 9)
 
 
 def test_large_tensor_is_cut_at_units() -> None:

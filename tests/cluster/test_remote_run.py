@@ -26,7 +26,7 @@ from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.status import run_status
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, OutputError, RaymergeError
 from raymerge.merge_actors.storage import retry
-from raymerge.merge_actors.storage.store import forget_stores
+from raymerge.merge_actors.storage.store import Entry, forget_stores
 from raymerge.merge_actors.task import RunContext
 from raymerge.merge_actors.worker import MergeWorker
 
@@ -189,6 +189,19 @@ def test_a_stale_lock_is_broken(recipe: Any, out: str, object_store: ObjectStore
     run(recipe, out)
 
 
+@pytest.mark.parametrize(
+    ("written", "now", "is_stale"),
+    [(0.0, 120.0, False), (0.0, 121.0, True), (500.0, 0.0, False), (None, 999.0, False), (0.0, None, False)],
+)
+def test_only_the_times_of_the_store_make_a_ticket_stale(
+    written: float | None, now: float | None, is_stale: bool
+) -> None:
+    """Where a store tells none, whoever has a ticket may be alive."""
+    ticket, own = (Entry("lock-0.json", False, 9, "", seconds) for seconds in (written, now))
+    assert store_lock._is_stale(ticket, own) is is_stale
+    assert not store_lock._is_stale(ticket, None)
+
+
 def test_a_lock_that_was_broken_stops_its_owner(out: str, object_store: ObjectStore) -> None:
     lock = store_lock.StoreLock(f"{out}/.run", out)
     with lock.held():
@@ -245,6 +258,8 @@ def test_a_heartbeat_that_comes_late_does_not_bring_a_lost_lock_back(
     first, second = (store_lock.StoreLock(f"{out}/.run", out) for _ in range(2))
     with first.held():
         wait_for(lambda: object_store.keys(f"{key_of(out)}/.run/") != [])
+        time.sleep(0.2)  # beats that are all late, but nobody else is there
+        first.check_held()
         second._write()
         wait_for(lambda: not _is_beating())
         with pytest.raises(OutputError, match=r"took .* over"):
