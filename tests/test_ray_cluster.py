@@ -61,11 +61,19 @@ def test_the_start_commands_are_safe_and_complete(name):
     assert "--dashboard-host=127.0.0.1" in head
     assert "--num-cpus=0" in head
     assert "--autoscaling-config=" in head
+    assert _health_checks(head) == {
+        "period_ms": "1000",
+        "timeout_ms": "3000",
+    }  # what test_faults.py loses a node with
     assert "$RAY_HEAD_IP" in worker
     options = " ".join(config.get("docker", {}).get("run_options", []))
     for commands in (head, worker):
         assert "RAY_AUTH_MODE=token" in commands + options
         assert "ulimit -n 65536" in commands
+
+
+def _health_checks(text: str) -> dict:
+    return dict(re.findall(r"RAY_health_check_(\w+)=(\d+)", text))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -142,6 +150,9 @@ def test_the_kubernetes_files_have_the_operators_shape(name):
     assert start["num-cpus"] == "0"
     # The operator asks the dashboard how its job stands; else nobody outside the pod does.
     assert start.get("dashboard-host") == (None if document["kind"] == "RayJob" else "127.0.0.1")
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    settings = " ".join(f"{each['name']}={each['value']}" for each in head["env"])
+    assert _health_checks(settings) == {"period_ms": "1000", "timeout_ms": "3000"}
     (group,) = cluster["workerGroupSpecs"]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     (worker,) = group["template"]["spec"]["containers"]

@@ -987,33 +987,41 @@ def test_session_replaces_an_actor_that_froze_between_merges(
 
 
 _NODE_LOSS_SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 import ray
 from ray.cluster_utils import Cluster
-checks = dict(health_check_initial_delay_ms=0, health_check_period_ms=300, health_check_timeout_ms=500,
-              health_check_failure_threshold=2)
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, _system_config=checks))
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
 node = cluster.add_node(num_cpus=2)
 ray.init(address=cluster.address, logging_level="ERROR")
 from raymerge.cluster.merge import merge
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.ray_group import RayGroup
-start, wait, seen, removed = RayGroup.start, RayGroup.wait, 0, False
+start, wait, seen, removed, found, lost = RayGroup.start, RayGroup.wait, 0, 0.0, 0.0, []
 def start_all(group, context):
     start(group, context)
     while len(group._actors) < 3:
         wait(group, 1.0)
+    where = lambda worker: (ray.get_runtime_context().get_node_id(), os.getpid())
+    places = ray.get([actor.__ray_call__.remote(where) for actor in group._actors.values()])
+    lost.extend(pid for at, pid in places if at == node.node_id)
 def wait_and_remove(group, timeout_seconds):
-    global seen, removed
+    global seen, removed, found
     events = wait(group, timeout_seconds)
     seen += len(events)
     if seen >= 5 and not removed:
-        removed = True
+        removed = time.monotonic()
+        for pid in lost:  # else they live on for two seconds and answer
+            os.kill(pid, signal.SIGKILL)
         cluster.remove_node(node, allow_graceful=False)
+    if removed and not found and sum(each["Alive"] for each in ray.nodes()) == 1:
+        found = time.monotonic()
     return events
 RayGroup.start, RayGroup.wait = start_all, wait_and_remove
 result = merge([sys.argv[1]], sys.argv[2], MergeOptions(workers=3, slice_mib=1, device="cpu"))
-print("REMOVED", removed, result.totals.num_retries)
+while not found and time.monotonic() - removed < 60:
+    time.sleep(0.1)
+    found = time.monotonic() if sum(each["Alive"] for each in ray.nodes()) == 1 else 0.0
+print("REMOVED", found - removed, result.totals.num_retries + result.totals.num_speculated)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -1095,10 +1103,14 @@ def test_tasks_of_a_stopped_actor_are_done_by_another(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_lost_node_changes_no_byte(tmp_path: Path, many_tasks: tuple[Path, Path]) -> None:
+def test_lost_node_changes_no_byte_and_is_found_in_seconds(
+    tmp_path: Path, many_tasks: tuple[Path, Path]
+) -> None:
+    head = (Path(__file__).parents[2] / "ray_cluster.yaml").read_text()
+    shipped = dict(re.findall(r"(RAY_health_check_\w+)=(\d+)", head))
     command = [sys.executable, "-c", _NODE_LOSS_SCRIPT, str(many_tasks[0]), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **shipped})
     assert done.returncode == 0, done.stderr
-    found = re.search(r"^REMOVED True (\d+)$", done.stdout, re.MULTILINE)
-    assert found and int(found[1]) > 0, done.stdout
+    found = re.search(r"^REMOVED (\S+) (\d+)$", done.stdout, re.MULTILINE)
+    assert found and 0 < float(found[1]) < 12 and int(found[2]) > 0, done.stdout  # Ray's own settings: 15 s
     assert weights_digest(tmp_path / "out") == weights_digest(many_tasks[1])
