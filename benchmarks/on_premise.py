@@ -5,7 +5,8 @@
 The shipped file is used as it is, but for its lines marked EDIT: `ray up`, `ray dashboard`, `raymerge submit`, `ray
 down`, as its head says. The hosts are Linux namespaces (`linux_hosts.py`), each with a home, processes and an sshd of
 its own; each installs the pinned requirements, which takes most of the time. One merge goes from a shared folder to a
-shared folder, one from an S3 server to the S3 server; both must give the bytes of one process. Needs root.
+shared folder, one from an S3 server to the S3 server; both must give the bytes of one process, and of the second the
+server tells which ranges it was asked for: every byte of the inputs' weights once, whoever asked. Needs root.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import configparser
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -35,8 +37,25 @@ from model_shapes import LLAMA_SHAPES
 
 _SCRIPTS = Path(sys.executable).parent
 _S3_PORT = 9123
+_ASKED = "asked.jsonl"
+_SAMPLE_BYTES = 4096
+#: So that there is something to do for every host: a file of an output is made by one of them.
+_SHARD_SIZE = "16MB"
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "on-premise", "AWS_SECRET_ACCESS_KEY": "on-premise"}
 _UP_SECONDS, _DOWN_SECONDS = 1500.0, 30.0
+#: Moto, which writes down every range that it is asked for.
+_SERVER = """
+import json, sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+moto = DomainDispatcherApplication(create_backend_app)
+asked = open(sys.argv[3], "a", buffering=1)
+def app(environ, start_response):
+    if environ["REQUEST_METHOD"] == "GET" and "HTTP_RANGE" in environ:
+        asked.write(json.dumps([environ["PATH_INFO"], environ["HTTP_RANGE"]]) + "\\n")
+    return moto(environ, start_response)
+run_simple(sys.argv[1], int(sys.argv[2]), app, threaded=True)
+"""
 
 
 def main() -> None:
@@ -112,7 +131,9 @@ def _merges(
     work: Path, environment: dict[str, str], endpoint: str, seconds: dict[str, float], checks: dict[str, bool]
 ) -> None:
     """Submit merges and compare them with those of one process here."""
-    base, tuned = make_models(work / "shared" / "models", LLAMA_SHAPES["tiny"], num_fine_tunes=2)
+    base, tuned = make_models(
+        work / "shared" / "models", LLAMA_SHAPES["small"], num_fine_tunes=2, shard_size=_SHARD_SIZE
+    )
     reaching = {**environment, **_CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
     os.environ |= {**_CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
     from raymerge.merge_actors.storage.store import store_of
@@ -126,19 +147,51 @@ def _merges(
         "shared folder": ([str(folder) for folder in folders], str(work / "shared" / "merged"), []),
         "S3 server": (uris, "s3://premises/merged", ["--env", f"AWS_ENDPOINT_URL={endpoint}"]),
     }
+    size = ["--out-shard-size", _SHARD_SIZE]
     for place, (models, out, flags) in places.items():
         recipe = work / "admin" / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(_recipe(models)))
         alone = work / "alone" / place.replace(" ", "-")
-        _raymerge(reaching, "merge", str(recipe), str(alone), "--in-process", "--quiet")
+        _raymerge(reaching, "merge", str(recipe), str(alone), *size, "--in-process", "--quiet")
+        asked = work / _ASKED
+        asked.write_bytes(b"")
         with _timed(seconds, f"submitted merge, {place}"):
-            said = _raymerge(reaching, "submit", *flags, "--", "merge", str(recipe), out)
+            said = _raymerge(reaching, "submit", *flags, "--", "merge", str(recipe), out, *size)
         print(said, flush=True)
         weights = {path.name: path.read_bytes() for path in alone.glob("*.safetensors")}
         found = {name: _read(f"{out}/{name}") for name in weights}
         checks[f"the merge in the {place} has the bytes of one process"] = bool(weights) and found == weights
+        if "://" in out:
+            checks["every byte of the inputs' weights was fetched from the S3 server once"] = _fetched_once(
+                asked, folders
+            )
         status = _raymerge(reaching, "status", out)
         checks[f"raymerge status of it ({place}) says finished"] = "finished" in status
+
+
+def _fetched_once(asked: Path, folders: list[Path]) -> bool:
+    """Tell whether tasks asked for the weights of some models once.
+
+    What planning reads, here and in the job, does not count: a file's beginning, and samples.
+    """
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for line in asked.read_text().splitlines():
+        key, asked_for = json.loads(line)
+        begin, end = map(int, asked_for.removeprefix("bytes=").split("-"))
+        if begin > 0 and end + 1 - begin > _SAMPLE_BYTES:
+            ranges.setdefault(key.removeprefix("/premises/models/"), []).append((begin, end + 1))
+    for folder in folders:
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as stream:
+                at = 8 + int.from_bytes(stream.read(8), "little")
+            for begin, end in sorted(ranges.get(f"{folder.name}/{file.name}", [])):
+                if begin != at:
+                    print(f"{file}: {begin} is asked for after {at}", file=sys.stderr, flush=True)
+                    return False
+                at = end
+            if at != file.stat().st_size:
+                return False
+    return True
 
 
 def _recipe(models: list[str]) -> dict[str, Any]:
@@ -255,9 +308,8 @@ def _dashboard(environment: dict[str, str], config: Path) -> Iterator[str]:
 def _s3_server(work: Path) -> Iterator[str]:
     """Run an S3 server on this machine, where all hosts reach it."""
     endpoint = f"http://{GATEWAY}:{_S3_PORT}"
-    code = "import sys; from moto.server import main; sys.exit(main(sys.argv[1:]))"
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, "-H", GATEWAY, "-p", str(_S3_PORT)],
+        [sys.executable, "-W", "ignore", "-c", _SERVER, GATEWAY, str(_S3_PORT), str(work / _ASKED)],
         stdout=subprocess.DEVNULL, stderr=(work / "s3.log").open("wb"),
     )  # fmt: skip
     try:
