@@ -190,13 +190,14 @@ def ray_session(address: str | None) -> Iterator[None]:
             check_listens(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     except RuntimeError as error:
@@ -212,10 +213,26 @@ def ray_session(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let the processes of a Ray that is started here listen on 127.0.0.1 and nowhere else.
+
+    As Ray does by itself on macOS and Windows; on Linux it takes an address that others reach, and listens on all.
+    """
+    from ray._private import ray_constants
+
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
 def _set_ray_environment(*, is_embedded: bool) -> None:
     """Set what Ray reads when it is imported.
 
-    An embedded Ray listens on this machine only and lives as long as the command, so its
+    An embedded Ray listens on this machine only (`_on_loopback`) and lives as long as the command, so its
     token authentication is left as the user set it, else a token is made for this process
     alone: Ray would write one into HOME, which may be read-only, and switch it on for good.
     """

@@ -6,6 +6,10 @@ sum; the owner is left with the total, the others with nothing of use. A single 
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,14 +130,36 @@ class TorchExchange:
 
 
 def make_store(host: str, num_workers: int) -> Any:
-    """Open the meeting place of a group on a port that the system chooses."""
+    """Open the meeting place of a group on a port that the system chooses.
+
+    Args:
+        host: address of this node; nothing listens at its others.
+        num_workers: of the group.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore(host, 0, num_workers, is_master=True, wait_for_workers=False, multi_tenant=True)
+    _stay_on_loopback(host)
+    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family)
+    listener.bind(address)
+    listener.listen()
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, num_workers, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def join_store(host: str, port: int, num_workers: int) -> Any:
     """Connect to the meeting place that another worker has opened."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    _stay_on_loopback(host)
     return TCPStore(host, port, num_workers, is_master=False, wait_for_workers=False)
+
+
+def _stay_on_loopback(host: str) -> None:
+    """Let the group of an embedded Ray talk on this machine only: sums go from process to process unencrypted."""
+    address = str(socket.getaddrinfo(host, None)[0][4][0]).partition("%")[0]
+    if sys.platform == "linux" and ipaddress.ip_address(address).is_loopback:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
