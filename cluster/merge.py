@@ -34,6 +34,7 @@ from raymerge.cluster.progress import Progress, StatisticsLine
 from raymerge.cluster.recipe import Recipe
 from raymerge.cluster.recipe_statistics import ToMeasure, measure_missing
 from raymerge.cluster.regmean_plus import RegMeanPlusRun
+from raymerge.cluster.remarks import of_recipe
 from raymerge.cluster.remote_run_folder import RemoteRunFolder, open_run_folder, refuse_sequential
 from raymerge.cluster.run_folder import RunFolder, sync_folder, write_index
 from raymerge.cluster.totals import Totals
@@ -359,7 +360,7 @@ class _Run:
                 error.recipe = number
                 raise
             for line in said:
-                self.remark(f"{plan.recipe.name}: {line}")
+                self.remark(of_recipe(plan.recipe.name, line))
 
     def _context(self, wave: PlannedWave, placement: Placement) -> RunContext:
         folders = wave.plan.input_folders() - {model.folder for model in wave.hub_models}

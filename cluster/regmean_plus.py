@@ -33,6 +33,7 @@ from raymerge.cluster.regmean_plus_group import passes_group
 from raymerge.cluster.regmean_plus_measure import Measured, StageMeasurer, same_layers
 from raymerge.cluster.regmean_plus_plan import candidates_of, expected_statistics, partial_statistics
 from raymerge.cluster.regmean_plus_state import RunState
+from raymerge.cluster.remarks import of_recipe
 from raymerge.cluster.totals import Totals
 from raymerge.cluster.worker_group import WorkerGroup
 from raymerge.merge_actors.checkpoint.header import TensorInfo
@@ -166,7 +167,7 @@ class RegMeanPlusRun:
         )
         for name, candidate in zip(names, candidates, strict=True):
             for line in candidate.description.remarks:
-                self.on_remark(f"{name}: {line}")
+                self.on_remark(of_recipe(name, line))
 
     def _describe(self, num_candidates: int) -> list[Candidate]:
         num_workers = self._passes.num_workers

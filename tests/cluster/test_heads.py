@@ -89,6 +89,13 @@ def test_rows_are_matched_by_label(models: list[Path], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("heads", ["exclude", "keep"])
+def test_what_becomes_of_heads_as_asked_is_a_note(models: list[Path], tmp_path: Path, heads: str) -> None:
+    done = raymerge.merge(_recipe(models, heads=heads), tmp_path / "out", in_process=True, workers=1)
+    said = [line for line in done.remarks if "merge: " in line]  # the name of the recipe
+    assert said and all(line.startswith("note: ") and line.count("note:") == 1 for line in said)
+
+
 def test_the_output_loads_and_knows_its_labels(models: list[Path], tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
