@@ -179,6 +179,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     _set_ray_environment(is_embedded=address is None)
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
@@ -199,7 +200,15 @@ def ray_session(address: str | None) -> Iterator[None]:
                     logging_level="ERROR",
                 )
     except ConnectionError as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+        raise ClusterError(
+            f"no Ray cluster answers at {address}, or it wants another token than RAY_AUTH_TOKEN or "
+            f"~/.ray/auth_token has: {error}"
+        ) from error
+    except RayError as error:  # AuthenticationError, which older versions do not have
+        raise ClusterError(
+            f"Ray refuses to attach to {address or 'a Ray of its own'}: {str(error).partition('. ')[0]}; put the "
+            "cluster's own token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise

@@ -14,11 +14,16 @@ _PAUSE_SECONDS = 0.5
 
 
 def check_listens(address: str) -> None:
-    """Refuse HOST:PORT where nothing listens; other forms of address are left to Ray.
+    """Refuse HOST:PORT where nothing listens, and a job server; other forms of address are left to Ray.
 
     Raises:
-        ClusterError: nothing listens there.
+        ClusterError: nothing listens there, or it is no address to attach to.
     """
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is a job server's address: send the command there with raymerge submit --address {address} "
+            "-- ...; to attach to a cluster give HOST:PORT of its head, or on one of its machines auto"
+        )
     found = re.fullmatch(r"\[?([^/\[\]]+)\]?:(\d{1,5})", address)
     if found is None:
         return

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +48,19 @@ def test_a_head_that_begins_to_listen_is_waited_for(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
 def test_other_addresses_are_rays(address: str) -> None:
     check_listens(address)
+
+
+def test_a_job_servers_address_is_none_to_attach_to() -> None:
+    with pytest.raises(ClusterError, match=r"raymerge submit --address http://head:8265 -- \.\.\.;"):
+        check_listens("http://head:8265")
+
+
+def test_a_token_that_is_wanted_and_missing_is_told_in_one_sentence(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        code = f"from raymerge.cluster.connect import ray_session\nwith ray_session({address!r}): pass"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.endswith("put the cluster's own token into RAY_AUTH_TOKEN or ~/.ray/auth_token"), done.stderr
