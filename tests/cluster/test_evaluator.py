@@ -299,7 +299,9 @@ def test_adds_grams_once_for_all_alphas(
         for name, info in open_checkpoint(model).tensors.items():
             if len(info.shape) == 2 and ("attention" in name or "dense" in name):
                 width = info.shape[1]
-                rows_RI = torch.from_numpy(rng.standard_normal((3 * width, width)).astype(np.float32))
+                rows_RI = torch.from_numpy(
+                    rng.standard_normal(((3 + number) * width, width)).astype(np.float32)
+                )
                 grams[name] = pack_upper(rows_RI.T @ rows_RI).numpy()
                 modules[name] = {
                     "gram": name,
@@ -310,19 +312,22 @@ def test_adds_grams_once_for_all_alphas(
         write_statistics(tmp_path / f"s{number}", model, "gram", grams, modules)
         models.append({"model": str(model), "statistics": str(tmp_path / f"s{number}")})
     reused = []
-    for number, alpha in enumerate((0.9, 0.3, 1.0)):
+    other_weights = [{**models[0], "parameters": {"weight": 3.0}}, *models[1:]]
+    points = [(alpha, "tokens", models) for alpha in (0.9, 0.3, 1.0)]
+    points += [(1.0, "sum", models), (1.0, "tokens", other_weights)]
+    for number, (alpha, normalize, of_point) in enumerate(points):
         recipe = {
             "name": "point",
             "merge_method": "regmean",
-            "models": models,
-            "parameters": {"alpha": alpha},
+            "models": of_point,
+            "parameters": {"alpha": alpha, "normalize": normalize},
             "fallback": "mean",
         }
         reused.append(evaluator.merge(0, recipe).counters["num_reused_sums"])
         expected = written(recipe, tmp_path / f"out{number}")
         for name, tensor in evaluator.tensors(0).items():
             assert torch.equal(tensor, expected[name]), name
-    assert reused == [0, len(grams), len(grams)]
+    assert reused == [0, len(grams), len(grams), 0, 0], "of other weights they are other sums"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "tied llama"])

@@ -13,7 +13,7 @@ from raymerge.merge_actors.known_states import KnownStates
 from raymerge.merge_actors.methods import METHODS, SPARSIFIERS
 from raymerge.merge_actors.methods.interface import Settings
 from raymerge.merge_actors.methods.prepare import TensorState
-from raymerge.merge_actors.task import Job, Piece, Read
+from raymerge.merge_actors.task import Job, Piece, Read, RowRun
 
 TIES = METHODS["ties"]
 
@@ -63,6 +63,24 @@ def test_a_state_is_taken_over_where_all_it_depends_on_is_equal() -> None:
     moved = states.recall([_tensor(0, keys=(7, 9))], TIES, _settings(0.5), nothing)
     assert moved.stages == {(0, 0): "a"}, "of the other model the random stream changed"
     assert states.recall([_tensor(0, dtype="F64")], TIES, _settings(0.5), nothing) == nothing
+
+
+def test_rows_that_are_filled_make_a_state_depend_on_those_who_fill_them() -> None:
+    """What a model lacks of the vocabulary is the mean of the others, and so is part of its delta."""
+    runs, nothing, settings = (RowRun(0, 0, 3),), TensorState(), _settings(0.5)
+
+    def tensor(file: str, row_runs: tuple[RowRun, ...] | None) -> tuple[Piece, Job]:
+        piece, job = _tensor(0)
+        one = dataclasses.replace(piece.reads[1], row_runs=row_runs)
+        other = dataclasses.replace(piece.reads[2], file=file)
+        return dataclasses.replace(piece, reads=(piece.reads[0], one, other)), job
+
+    states = KnownStates(SPARSIFIERS)
+    for row_runs in (None, runs):
+        states.keep([tensor("/code", row_runs)], TIES, settings, _measured("a", "b"), nothing)
+        assert states.recall([tensor("/code", row_runs)], TIES, settings, nothing) == _measured("a", "b")
+    assert states.recall([tensor("/else", None)], TIES, settings, nothing).stages == {(0, 0): "a"}
+    assert states.recall([tensor("/else", runs)], TIES, settings, nothing) == nothing
 
 
 def test_a_step_behind_one_over_the_model_depends_on_what_that_found() -> None:
