@@ -74,8 +74,8 @@ def show_interrupt(out: str) -> NoReturn:
 
 def show_result(result: Any) -> None:
     """Print the winners and what was done."""
-    from raymerge.cluster.grid import best_table
     from raymerge.cluster.grid_progress import duration
+    from raymerge.cluster.text_tables import best_table
 
     if result.best:
         click.echo(best_table(result.best))

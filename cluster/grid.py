@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -359,39 +359,3 @@ def _default_runner() -> OpenRunner:
     from raymerge.cluster.grid_run import open_runner
 
     return open_runner
-
-
-def best_table(best: Iterable[Mapping[str, Any]]) -> str:
-    """Lay winners out as a table for the terminal."""
-    rows = []
-    for each in best:
-        row = {"": each["name"], "point": str(each["point"])}
-        row |= {name: _cell(value) for name, value in each["axes"].items()}
-        for name, value in each["objectives"].items():
-            row[name] = _cell(value)
-        for name, metric in (each["test"] or {}).items():
-            row[f"test {name}"] = _with_error(metric)
-        rows.append(row)
-    return text_table(rows)
-
-
-def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Lay rows out in columns; a row may lack some."""
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in names}
-    lines = ["  ".join(name.rjust(widths[name]) for name in names)]
-    lines.append("-" * len(lines[0]))
-    lines += ["  ".join(row.get(name, "").rjust(widths[name]) for name in names) for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 40 else f"...{text[-37:]}"
-
-
-def _with_error(metric: Mapping[str, Any]) -> str:
-    error = metric["error"]
-    return _cell(metric["value"]) + (f" +-{error:.2g}" if error is not None else "")

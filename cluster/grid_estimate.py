@@ -131,10 +131,12 @@ def estimate_text(found: dict[str, Any]) -> str:
         f"chooses by {' and '.join(found['select'])}; metrics: {', '.join(found['metrics'])}",
     ]
     if found["to_measure"]:
-        lines.append(f"measures statistics first: {len(found['to_measure']):,} passes over data")
+        lines.append(
+            f"measures statistics first: {len(found['to_measure']):,} passes over data, whose time is not counted here"
+        )
     lines.append(
-        f"about {duration(found['seconds'])} for what is left, {found['seconds_per_point']:.2g} s a point: "
-        f"{found['basis']}"
+        f"about {duration(found['seconds'])} for what is left, and some seconds of start; "
+        f"{found['seconds_per_point']:.2g} s a point: {found['basis']}"
     )
     return "\n".join(lines)
 

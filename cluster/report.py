@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymerge.cluster.report_data import ReportData
-from raymerge.cluster.report_text import axis_rows, best_rows, cell, summary
+from raymerge.cluster.report_text import axis_rows, best_rows, summary
+from raymerge.cluster.text_tables import cell
 from raymerge.merge_actors.errors import OutputError, RecipeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.folders import entries

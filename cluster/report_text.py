@@ -6,9 +6,9 @@ import math
 import statistics
 from typing import Any
 
-from raymerge.cluster.grid import text_table
 from raymerge.cluster.grid_progress import duration
 from raymerge.cluster.report_data import AxisData, ReportData
+from raymerge.cluster.text_tables import cell, text_table
 
 #: An axis of more numbers than this is shown in so many steps.
 _MOST_LINES = 40
@@ -103,15 +103,6 @@ def report_mapping(data: ReportData) -> dict[str, Any]:
 
 def _as_json(pair: tuple[float, float]) -> dict[str, float | None]:
     return {"value": pair[0], "error": None if math.isnan(pair[1]) else pair[1]}
-
-
-def cell(value: Any) -> str:
-    """Write a value of a table; (value, standard error) becomes "0.812 +-0.004"."""
-    if isinstance(value, tuple):
-        number, error = value
-        return f"{number:.4g}" + ("" if math.isnan(error) else f" +-{error:.2g}")
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 40 else f"...{text[-37:]}"
 
 
 def _best_lines(data: ReportData) -> list[str]:

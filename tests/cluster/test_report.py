@@ -18,6 +18,7 @@ from raymerge.cluster.report_data import ReportData, read_report
 from raymerge.cluster.report_lines import line_through_best, median_of_trials
 from raymerge.cluster.report_text import axis_rows, best_rows, report_mapping, report_text
 from raymerge.cluster.results import ResultsWriter
+from raymerge.cluster.text_tables import text_table
 from raymerge.merge_actors.errors import OutputError
 
 METHODS = ["ties", "dare_linear"]
@@ -258,3 +259,27 @@ def test_a_median_of_few_trials_is_not_drawn(tmp_path: Path) -> None:
     few = [{"w": w, "p": p} for w in (1, 2) for p in range(5)]
     data = read_report(_write(tmp_path / "few", few, lambda point: {"a.accuracy": point["p"]}, kind="search"))
     assert median_of_trials(data.axis("w"), range(10), data.objective) == {1: 2, 2: 2}
+
+
+def test_a_table_that_is_too_wide_lies_on_its_side() -> None:
+    rows = [{"": f"best-{i}", "point": str(i), "axis": "x" * 10, "metric": f"0.{i}"} for i in range(1, 4)]
+    assert text_table(rows, most_columns=40).splitlines() == [
+        "        point        axis  metric",
+        "---------------------------------",
+        "best-1      1  xxxxxxxxxx     0.1",
+        "best-2      2  xxxxxxxxxx     0.2",
+        "best-3      3  xxxxxxxxxx     0.3",
+    ]
+    assert text_table(rows, most_columns=30).splitlines() == [
+        "            best-1      best-2",
+        " point           1           2",
+        "  axis  xxxxxxxxxx  xxxxxxxxxx",
+        "metric         0.1         0.2",
+        "",
+        "            best-3",
+        " point           3",
+        "  axis  xxxxxxxxxx",
+        "metric         0.3",
+    ]
+    assert text_table(rows[:1], most_columns=1).splitlines()[0] == "            best-1"
+    assert text_table([]) == ""
