@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from raymerge.cluster import local_lock
 from raymerge.cluster.journal import read_journal_header
+from raymerge.cluster.progress import gib
 from raymerge.cluster.totals import Totals
 from raymerge.merge_actors.checkpoint.layout import INDEX_NAME, Layout
 from raymerge.merge_actors.errors import OutputError
@@ -134,8 +135,7 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise OutputError(
-                f"the output needs {num_bytes / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free on the file system "
-                f"of {self.out}"
+                f"the output needs {gib(num_bytes)} but only {gib(free)} are free on the file system of {self.out}"
             )
 
     def preallocate(self, folder: str, layout: Layout) -> None:
