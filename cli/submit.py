@@ -36,7 +36,7 @@ _OF_THE_NODES = {"ray", "torch"}
 
 @click.command(
     "submit",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
     epilog="Example: raymerge submit --address http://127.0.0.1:8265 -- merge ties.yaml /shared/merged",
 )
 @click.option(

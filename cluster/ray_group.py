@@ -16,6 +16,7 @@ from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.cluster.worker_group import Done, Event, Failed, Instruction, Lost
 from raymerge.merge_actors.errors import ClusterError
 from raymerge.merge_actors.methods.prepare import TensorState
+from raymerge.merge_actors.ray_metrics import DriverMetrics
 from raymerge.merge_actors.ray_worker import RayMergeWorker
 from raymerge.merge_actors.task import FileTask, MeasureTask, MergeTask, RunContext, SolveTask
 
@@ -69,8 +70,7 @@ class RayGroup:
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
         self._life = SignsOfLife(lambda worker: self._actors[worker].is_alive.remote())
         self._next_number = 0
-        #: Ray's counter of lost workers
-        self._lost: Any = None
+        self._metrics: DriverMetrics | None = None
         self._run = -1
         self._losses_left = LOSSES_PER_WORKER * num_workers
         #: when there was a worker last, when the user was told that there is none, when we looked for new nodes
@@ -248,15 +248,10 @@ class RayGroup:
             self._in_flight[reference] = (worker, instruction)
             return self._lose(worker, str(error).strip().splitlines()[0])
 
-    def _count_loss(self) -> None:
-        """Tell Ray's metrics that a worker was lost."""
-        from ray.util.metrics import Counter
-
-        if self._lost is None:
-            self._lost = Counter(
-                "raymerge_lost_workers", description="Merge workers that died.", tag_keys=("run",)
-            )
-        self._lost.inc(1, {"run": self._run_context.run_id[:12] if self._run_context else ""})
+    def _count_loss(self, num_tasks: int) -> None:
+        """Tell Ray's metrics that a worker was lost with its tasks."""
+        self._metrics = self._metrics or DriverMetrics()
+        self._metrics.count_loss(self._run_context.run_id if self._run_context else "", num_tasks)
 
     def _lose(self, worker: int, reason: str) -> list[Event]:
         """Forget a dead actor, start another, and hand its instructions back."""
@@ -273,7 +268,7 @@ class RayGroup:
             self._run_context = dataclasses.replace(self._run_context, thrift=self._run_context.thrift + 1)
             self._context = ray.put(self._run_context)
             self._on_remark("a worker ran out of memory: its successor holds less of the inputs at once")
-        self._count_loss()
+        self._count_loss(len(lost))
         self._losses_left -= 1
         if self._losses_left < 0:
             raise ClusterError(

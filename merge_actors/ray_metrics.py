@@ -1,4 +1,4 @@
-"""What an actor tells Ray's metrics: bytes, tasks, seconds by phase, peak of GPU memory.
+"""What actors and drivers tell Ray's metrics: bytes, tasks, seconds by phase, peak of GPU memory, what was lost.
 
 Ray serves them on each node's metrics port, with the prefix `ray_`; `deploy/grafana/raymerge.json` draws them.
 """
@@ -51,3 +51,24 @@ class ActorMetrics:
             self._seconds.observe(seconds, {**self._tags, "phase": phase})
         if gpu_peak_bytes is not None:
             self._gpu_peak.set(gpu_peak_bytes, self._tags)
+
+
+class DriverMetrics:
+    """The metrics of a driver: what it had to do again."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter
+
+        self._lost = Counter(
+            "raymerge_lost_workers", description="Merge workers that died.", tag_keys=("run",)
+        )
+        self._retries = Counter(
+            "raymerge_retries", description="Tasks that were lost with a worker.", tag_keys=("run",)
+        )
+
+    def count_loss(self, run_id: str, num_tasks: int) -> None:
+        """Add a worker that was lost, and the tasks that it had."""
+        tags = {"run": run_id[:12]}
+        self._lost.inc(1, tags)
+        if num_tasks:
+            self._retries.inc(num_tasks, tags)

@@ -41,6 +41,8 @@ def test_a_command_is_checked_before_a_cluster_is_asked(recipe):
     address = ["submit", "--address", "http://127.0.0.1:1"]
     assert "no command that runs on a cluster" in run(main, [*address, "--", "report", "x"]).output
     assert "No such option" in run(main, [*address, "--", "merge", "average.yaml", "out", "--bogus"]).output
+    assert "No such option" in run(main, [*address, "--bogus", "--", "merge", "average.yaml", "out"]).output
+    assert "no Ray job" in run(main, [*address, "merge", "average.yaml", "out", "--seed", "1"]).output
     assert (
         "leave --address"
         in run(main, [*address, "--", "merge", "average.yaml", "out", "--in-process"]).output

@@ -36,7 +36,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Any:
         made.num_launched += 1
 
     monkeypatch.setattr(made, "_launch", launch)
-    monkeypatch.setattr(made, "_count_loss", lambda: None)
+    monkeypatch.setattr(made, "_count_loss", lambda num_tasks: None)
     monkeypatch.setattr(ray_group.ray, "kill", made.killed.append)
     return made
 
