@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, GridFolder
 from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME
-from raymerge.cluster.store_lock import STALE_SECONDS, StoreLock
+from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX, StoreLock
 from raymerge.merge_actors.errors import OutputError, RaymergeError
 from raymerge.merge_actors.files import write_error
 from raymerge.merge_actors.storage.folders import entries, read_bytes
@@ -30,7 +30,6 @@ from raymerge.merge_actors.storage.uris import absolute, is_remote
 
 #: How often what has changed is written to the store.
 SYNC_SECONDS = 5.0
-LOCK_FOLDER = ".lock"
 #: Read in this order, so that a table that is written meanwhile costs no row.
 _FETCHED = (JOURNAL_NAME, RESULTS_NAME, RUN_NAME, BEST_NAME)
 
@@ -47,7 +46,7 @@ class RemoteGridFolder(GridFolder):
         super().__init__(out)
         if not urlsplit(out).path:
             raise OutputError(f"{out} is a whole bucket; name a folder in it: {out}/NAME")
-        self._lock = StoreLock(f"{out}/{LOCK_FOLDER}", out)
+        self._lock = StoreLock(out, out)
         #: size and time of each small file as the store has it
         self._written: dict[str, tuple[int, int]] = {}
         self._failure: RaymergeError | None = None
@@ -55,7 +54,7 @@ class RemoteGridFolder(GridFolder):
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse as `GridFolder.check_free` does."""
-        names = {entry.name for entry in entries(self.out)} - {LOCK_FOLDER}
+        names = {entry.name for entry in entries(self.out) if not entry.name.startswith(TICKET_PREFIX)}
         if not names:
             return
         if RUN_NAME not in names:

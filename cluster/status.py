@@ -14,7 +14,7 @@ from typing import Any, Literal
 from raymerge.cluster import grid_folder, local_lock, store_lock
 from raymerge.cluster.grid_folder import BEST_NAME
 from raymerge.cluster.journal import read_journal
-from raymerge.cluster.remote_grid_folder import LOCK_FOLDER, open_grid_folder
+from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME, read_rows
 from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
@@ -149,7 +149,7 @@ def _grid(place: str) -> RunStatus | None:
     if grid_folder.RUN_NAME not in listed:
         return None
     owner, is_alive = (
-        store_lock.owner_of(f"{folder.out}/{LOCK_FOLDER}")
+        store_lock.owner_of(folder.out)
         if is_remote(folder.out)
         else local_lock.owner_of(folder.file(grid_folder.LOCK_NAME))
     )

@@ -228,6 +228,6 @@ def test_a_folder_taken_over_is_not_written(object_store: ObjectStore, out: str,
     key = out.removeprefix("s3://models/")
     with pytest.raises(OutputError, match="another run took"), folder.locked():
         folder.write_json("run.json", {})
-        [ticket] = object_store.keys(f"{key}/.lock/")
+        [ticket] = object_store.keys(f"{key}/lock-")
         object_store._call("DELETE", f"/models/{ticket}")
     assert object_store.keys(key) == []
