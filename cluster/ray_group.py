@@ -32,6 +32,8 @@ AGAIN_SECONDS = 60.0
 _REMARK_SECONDS, _GROW_SECONDS = 60.0, 5.0
 #: What Ray says of a worker that was killed for its memory.
 _MEMORY = re.compile(r"out of memory|OutOfMemory|\bOOM\b|low on memory", re.IGNORECASE)
+#: How much is repeated of what Ray says.
+_MOST_LETTERS = 800
 #: Losses of workers that a run survives, per worker asked for.
 LOSSES_PER_WORKER = 3
 
@@ -230,7 +232,7 @@ class RayGroup:
             return [Failed(number, MergeTask(number=-1, pieces=()), _cause(error))]
         except RayError as error:  # it died, hangs, or its environment cannot be made on its node
             ray.kill(actor)  # it may only be slow, and must not hold what its replacement needs
-            return self._lose(number, f"worker {number} did not start: {error}")
+            return self._lose(number, f"worker {number} did not start: {_in_one_line(error)}")
         self._actors[number] = actor
         return []
 
@@ -246,7 +248,7 @@ class RayGroup:
             return self._lose(worker, f"out of memory: {cause}")
         except RayError as error:  # it died, or its node did before we had what it sent
             self._in_flight[reference] = (worker, instruction)
-            return self._lose(worker, str(error).strip().splitlines()[0])
+            return self._lose(worker, _first_line(error))
 
     def _count_loss(self, num_tasks: int) -> None:
         """Tell Ray's metrics that a worker was lost with its tasks."""
@@ -283,6 +285,18 @@ def _cause(error: RayTaskError) -> BaseException:
     """Return the worker's own exception."""
     cause = error.cause
     return cause if isinstance(cause, BaseException) else error
+
+
+def _first_line(error: RayError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _in_one_line(error: RayError) -> str:
+    """Return what Ray says of an actor that did not start, without the pages it writes about memory."""
+    if _MEMORY.search(_first_line(error)):
+        return _first_line(error)
+    words = " ".join(str(error).split())
+    return words if len(words) <= _MOST_LETTERS else f"{words[:_MOST_LETTERS]} ..."
 
 
 def _is_memory(error: BaseException) -> bool:
