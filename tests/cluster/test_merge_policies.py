@@ -141,6 +141,16 @@ def test_excluded_embeddings_and_biases_follow_the_fallback(folders: list[Path],
     np.testing.assert_array_equal(merged[NAMES[3]], _tensors(folders[0])[NAMES[3]])
 
 
+def test_rows_of_a_model_that_does_not_count_do_not_count(folders: list[Path], tmp_path: Path) -> None:
+    path = Path(f"{folders[1]}-statistics") / "raymerge_statistics.json"
+    path.write_text(path.read_text().replace('"num_rows": 20', '"num_rows": 2'))
+    asked = _recipe(folders, parameters={"alpha": 1})
+    _merge(asked, tmp_path / "both")
+    asked["models"][1]["parameters"]["weight"] = 0.0
+    with pytest.raises(RecipeError, match="the statistics have 2 tokens in all for 3 input features"):
+        _merge(asked, tmp_path / "one")
+
+
 def test_a_base_without_the_tensor_is_refused(folders: list[Path], tmp_path: Path) -> None:
     tensors = _tensors(folders[0])
     del tensors[NAMES[2]]

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from raymerge.cluster.campaign import PlannedWave, plan_wave
 from raymerge.cluster.options import MergeOptions
 from raymerge.cluster.recipe import load_recipes
 from raymerge.cluster.vocabulary_rows import coalesce, find_counterpart, num_rows_of, round_up
 from raymerge.merge_actors.errors import CheckpointError, MismatchError, RecipeError
-from raymerge.merge_actors.task import RowRun
+from raymerge.merge_actors.task import RowRun, SolveTask
 
 Writer = Callable[..., Path]
 EMBEDDING = "model.embed_tokens.weight"
@@ -155,6 +157,18 @@ class TestUnion:
         vocabulary = _plan(_linear(base, same, tokenizer_source="union")).vocabularies[0]
         assert vocabulary is not None and "same has no tokenizer" in vocabulary.remarks[0]
 
+    def test_a_token_beyond_the_embedding_is_not_added(
+        self, base: Path, tmp_path: Path, write_token_model: Writer
+    ) -> None:
+        short = write_token_model(tmp_path / "short", 3, BASE_TOKENS, added=["<x>", "<y>"], num_rows=5)
+        wave = _plan(_task_arithmetic(base, short, vocabulary="union"))
+        assert _read(wave)["base"] == [100, 101, 102, 103, 304]
+        assert wave.vocabularies[0] is not None and list(wave.vocabularies[0].added) == ["<x>"]
+
+    def test_two_wishes_have_to_agree(self, base: Path, longer: Path) -> None:
+        with pytest.raises(RecipeError, match=r"vocabulary is base, but the source of 'tokenizer' is union"):
+            _plan(_task_arithmetic(base, longer, vocabulary="base", tokenizer={"source": "union"}))
+
 
 class TestOneModelsTokens:
     def test_base_drops_what_the_base_lacks(self, base: Path, permuted: Path) -> None:
@@ -163,6 +177,21 @@ class TestOneModelsTokens:
                 "base": [100, 101, 102, 103],
                 "permuted": [200, 203, 201, 204],
             }
+
+    def test_a_tokenizer_whose_tokens_stay_is_written_as_it_is(self, base: Path, permuted: Path) -> None:
+        vocabulary = _plan(_task_arithmetic(base, permuted, vocabulary="base")).vocabularies[0]
+        assert vocabulary is not None and vocabulary.token_ids is None
+
+    def test_a_row_that_another_token_has_is_no_padding(
+        self, tmp_path: Path, write_token_model: Writer
+    ) -> None:
+        """Rows 4 to 7 belong to no token of the base: where they do in a model, the base's are taken."""
+        padded = write_token_model(tmp_path / "padded", 1, BASE_TOKENS, num_rows=8)
+        full = write_token_model(tmp_path / "full", 2, [*BASE_TOKENS, "k", "l", "m"], num_rows=8)
+        assert _read(_plan(_task_arithmetic(padded, full, vocabulary="base"))) == {
+            "padded": [100, 101, 102, 103, 104, 105, 106, 107],
+            "full": [200, 201, 202, 203, 104, 105, 106, 207],
+        }
 
     def test_the_tokens_of_a_named_model(self, base: Path, permuted: Path) -> None:
         wave = _plan(_task_arithmetic(base, permuted, tokenizer_source=str(permuted)))
@@ -247,6 +276,49 @@ class TestRulesForTokens:
         with pytest.raises(RecipeError, match=r"token_id is 4; .*base has rows \[0, 4\)"):
             _plan(_task_arithmetic(base, longer, tokenizer={"source": "union", "tokens": {"<z>": rule}}))
 
+    def test_a_row_that_is_in_the_embedding_and_not_in_the_head(self, base: Path, longer: Path) -> None:
+        tensors = load_file(longer / "model.safetensors")
+        save_file(tensors | {"lm_head.bias": tensors["lm_head.bias"][:5]}, longer / "model.safetensors")
+        row = {"kind": "model_token", "model": str(longer), "token_id": 5}
+        policy = {"source": "base", "tokens": {"a": {"source": row, "force": True}}}
+        with pytest.raises(
+            MismatchError, match=r"row 5 of tensor lm_head.bias .* there the tensor is of shape \[5\]"
+        ):
+            _plan(_linear(base, tokenizer=policy))
+
+    def test_a_row_that_an_adapter_changes(self, base: Path, longer: Path, tmp_path: Path) -> None:
+        (tmp_path / "lora").mkdir()
+        shapes = {"A": (1, 2), "B": (6, 1)}
+        tensors = {
+            f"base_model.model.lm_head.lora_{name}.weight": np.ones(shape, np.float32)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["lm_head"]}
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+        source = f"{longer}+{tmp_path / 'lora'}"
+        policy = {"source": "base", "tokens": {"a": {"source": source, "force": True}}}
+        with pytest.raises(MismatchError, match=r"lm_head.weight of model .* is changed by its adapter"):
+            _plan(_linear(base, tokenizer=policy))
+
+
+def test_rows_that_move_are_not_solved_for(
+    base: Path, longer: Path, tmp_path: Path, write_token_model: Writer, write_statistics: Any
+) -> None:
+    """The matrix of a Gram's layer is read as it stands; where its rows move it is averaged."""
+    twin = write_token_model(tmp_path / "twin", 2, BASE_TOKENS)
+    module = {"gram": "h", "kind": "linear", "in_features": 2, "num_rows": 20}
+    for model in (base, longer, twin):
+        gram = {"h": np.array([2, 1, 2], np.float32)}
+        write_statistics(tmp_path / f"{model.name}-s", model, "gram", gram, {"lm_head.weight": module})
+
+    def solved(*models: Path) -> list[str]:
+        entries = [{"model": str(each), "statistics": f"{each}-s"} for each in models]
+        wave = _plan({"merge_method": "regmean", "models": entries, "vocabulary": "union"})
+        return [job.tensor for task in wave.plan.tasks if isinstance(task, SolveTask) for job in task.jobs]
+
+    assert (solved(base, twin), solved(base, longer)) == (["lm_head.weight"], [])
+
 
 def test_recipes_of_a_campaign_fill_rows_as_if_alone(
     base: Path, longer: Path, tmp_path: Path, write_token_model: Writer
@@ -320,12 +392,9 @@ def test_without_a_policy_sizes_must_agree(base: Path, longer: Path) -> None:
 
 
 def test_a_model_without_embedding_is_refused(base: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     bare = tmp_path / "bare"
     bare.mkdir()
-    save_file({"conv.weight": torch.zeros(4, 2)}, bare / "model.safetensors")
+    save_file({"conv.weight": np.zeros((4, 2), np.float32)}, bare / "model.safetensors")
     with pytest.raises(MismatchError, match="bare has no tensor with a row per token"):
         _plan(_linear(base, bare, vocabulary="pad"))
 
