@@ -155,7 +155,9 @@ def follow(address: str | None, identity: str) -> None:
     from raymerge.cluster.jobs import Jobs
 
     try:
-        status = Jobs(address).follow(identity, lambda text: click.echo(text, nl=False))
+        status = Jobs(address).follow(
+            identity, lambda text: click.echo(text, nl=False), lambda line: click.echo(line, err=True)
+        )
     except KeyboardInterrupt:
         click.echo(
             f"\nleft job {identity} running; follow it again with: raymerge jobs logs --follow {identity}; "

@@ -22,6 +22,8 @@ from raymerge.merge_actors.storage.uris import redacted
 #: States in which a job has come to its end.
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL_SECONDS = 1.0
+#: How often to say that a job has not started yet.
+_REMARK_SECONDS = 30.0
 #: How often a lost connection to a job's log is taken up again, and nothing new comes, before we give up.
 _MOST_RECONNECTIONS = 20
 #: For so long a job server may be out of reach while we wait for a job: a tunnel or the head starts again.
@@ -195,14 +197,29 @@ class Jobs:
                 raise
         return True
 
-    def follow(self, submission_id: str, write: Callable[[str], None]) -> JobStatus:
+    def follow(
+        self,
+        submission_id: str,
+        write: Callable[[str], None],
+        on_remark: Callable[[str], None] = lambda line: None,
+    ) -> JobStatus:
         """Hand on a job's log from its beginning until the job ends; return how it ended.
+
+        Args:
+            submission_id: the job.
+            write: takes pieces of the log.
+            on_remark: told now and then why the job has not started yet.
 
         Raises:
             ClusterError: the job is gone, or the connection breaks again and again.
         """
         # Ray's dashboard writes the token into its log if it is asked for the log of a job that it does not know.
-        self._reached(submission_id)
+        said = time.monotonic()
+        while (status := self._reached(submission_id)).state == "PENDING":
+            if time.monotonic() - said > _REMARK_SECONDS:
+                said = time.monotonic()
+                on_remark(f"job {submission_id} is {status.state}: {status.message}")
+            time.sleep(_POLL_SECONDS)
         asyncio.run(self._follow(submission_id, write))
         return self.wait(submission_id)
 

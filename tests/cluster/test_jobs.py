@@ -112,6 +112,22 @@ def test_the_log_of_a_job_that_is_unknown_is_not_asked_for(server: Any) -> None:
     assert not [path for path in server.paths if path.endswith("/logs/tail")]
 
 
+def test_who_follows_a_job_that_waits_for_a_gpu_hears_so(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "_REMARK_SECONDS", 0.05)
+    server.details |= {"status": "PENDING", "message": "It may be waiting for resources."}
+    remarks: list[str] = []
+
+    def remark(line: str) -> None:
+        remarks.append(line)
+        if len(remarks) == 2:
+            server.details["status"] = "FAILED"
+
+    assert server.jobs.follow("job", lambda text: None, remark).state == "FAILED"
+    assert remarks == ["job job is PENDING: It may be waiting for resources."] * 2
+
+
 def test_a_token_in_an_answer_is_not_repeated(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
     for answer in (
