@@ -323,6 +323,21 @@ def test_cut_tensor_is_measured_in_rounds_and_merged_exactly(
     assert totals.read_bytes == plan.read_bytes + sum(m.read_bytes for m in measures)
 
 
+def test_answers_that_come_in_another_order_are_put_in_that_of_the_tensor(tmp_path: Path) -> None:
+    """Of equals at the threshold the first ones are kept: those of the tensor, not of who answered first."""
+    models = write_models(tmp_path, {"cut": LONG})
+    generator = torch.Generator().manual_seed(6)
+    base = torch.zeros(LONG)
+    for model in models:
+        signs = torch.randint(0, 2, LONG, generator=generator).float() * 2 - 1
+        save_file({"cut": base if model == models[0] else signs}, f"{model}/model.safetensors")
+    plan = make(tmp_path, ties_recipe(models))
+    assert len(plan.states) == 1 and len(plan.states[0].pieces) > 2
+    group = ScriptedGroup(3, worker_of(plan), pick=lambda count: count - 1)
+    Controller(plan, group, journal_of(tmp_path)).run()
+    assert_merged(plan, expected_ties(models, plan))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_lost_workers_change_no_byte(tmp_path: Path, seed: int) -> None:
     """Workers die at random, while measuring and while merging; each task is done at last."""
