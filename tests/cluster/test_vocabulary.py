@@ -165,6 +165,19 @@ class TestUnion:
         assert _read(wave)["base"] == [100, 101, 102, 103, 304]
         assert wave.vocabularies[0] is not None and list(wave.vocabularies[0].added) == ["<x>"]
 
+    def test_added_tokens_keep_the_order_of_their_ids(
+        self, base: Path, tmp_path: Path, write_token_model: Writer
+    ) -> None:
+        other = write_token_model(tmp_path / "other", 2, [*BASE_TOKENS, "z", "k"])
+        assert _read(_plan(_linear(base, other, vocabulary="union")))["base"] == [
+            100,
+            101,
+            102,
+            103,
+            204,
+            205,
+        ]
+
     def test_two_wishes_have_to_agree(self, base: Path, longer: Path) -> None:
         with pytest.raises(RecipeError, match=r"vocabulary is base, but the source of 'tokenizer' is union"):
             _plan(_task_arithmetic(base, longer, vocabulary="base", tokenizer={"source": "union"}))
