@@ -236,8 +236,9 @@ def test_code_that_is_not_needed_is_not_run(
 
 
 def test_submit_passes_the_flag_on() -> None:
-    from raymerge.cli.submit import _words
+    from raymerge.cli.submit import _given, _words
 
     command = main.get_command(None, "merge")  # type: ignore[attr-defined]
     with command.make_context("merge", ["r.yaml", "out", FLAG], resilient_parsing=True) as checked:
-        assert (FLAG, False) in list(_words(checked))
+        given = _given(checked, ["r.yaml", "out", FLAG])
+        assert (FLAG, False) in list(_words(command, given))
