@@ -162,6 +162,41 @@ def test_twins_of_a_model_that_was_lost_are_scored_themselves() -> None:
     assert sorted(row["same_as"] is None for row in rows) == [False, True]
 
 
+def test_twins_of_a_model_whose_scoring_raises_are_scored_themselves() -> None:
+    group = FakeGroup({0: "twin", 1: "twin"}, num_evaluators=2)
+    answer, failures = group._answer, [Failure("Traceback ...\nRuntimeError: once")]
+    num_waits = 0
+
+    def fail_once(evaluator: int, call: Call) -> Event:
+        if call.method == "score" and failures:
+            return Raised(evaluator, call, failures.pop())
+        return answer(evaluator, call)
+
+    def wait(timeout_seconds: float) -> list[Event]:
+        nonlocal num_waits
+        num_waits += 1
+        assert num_waits < 100, "a point waits for ever"
+        return FakeGroup.wait(group, timeout_seconds)
+
+    group._answer, group.wait = fail_once, wait  # type: ignore[method-assign]
+    rows = run(group, 2)
+    assert sorted(row["status"] for row in rows) == ["failed", "ok"]
+
+
+def test_what_is_known_of_one_split_is_not_taken_for_another() -> None:
+    """The test score of a model is never the one that it was chosen by."""
+    group, rows = FakeGroup({}), list[Row]()
+    runner = Runner(group)
+    for split in ("validation", "test", "test"):
+        runner.run(points(1), rows.append, split=split)
+    assert [(row["split"], row["same_as"]) for row in rows] == [
+        ("validation", None),
+        ("test", None),
+        ("test", 0),
+    ]
+    assert [row["num_forward_passes"] for row in rows] == [3, 3, 0]
+
+
 def test_the_next_point_is_merged_while_one_is_scored() -> None:
     group = FakeGroup({}, num_slots=2)
     run(group, 4)
