@@ -140,8 +140,12 @@ class RemoteRunFolder:
                 delete_objects([f"{self.path}/{entry.name}"])
 
     def abandon(self) -> None:
-        """Leave nothing of a run that failed before it got anywhere, if the store lets us."""
+        """Leave nothing of a run that failed before it got anywhere, if the store lets us.
+
+        What lies there may be another's, if this run was stopped for so long that its lock was taken over.
+        """
         with contextlib.suppress(RaymergeError):  # what the run failed of is the news
+            self._lock.check_held()
             self.clear()
 
     def discard(self, name: str) -> None:
@@ -149,14 +153,20 @@ class RemoteRunFolder:
         folder = self.output(name)
         if folder in self._begun:
             with contextlib.suppress(RaymergeError):
+                self._lock.check_held()
                 delete_folder(folder)
 
     def check_space(self, num_bytes: int) -> None:
         """Check nothing: a store has no end, and a node looks at its disk when it begins a file."""
 
     def preallocate(self, folder: str, layout: Layout) -> None:
-        """Empty the folder of an output. What was there is no checkpoint any more from here on."""
+        """Empty the folder of an output. What was there is no checkpoint any more from here on.
+
+        Raises:
+            OutputError: another run has taken the folder over, or the store fails.
+        """
         del layout
+        self._lock.check_held()
         self._begun.add(folder)
         write_claim(self.path, self._begun)
         delete_objects([f"{folder}/{name}" for name in reversed(_COMMITTING)])
@@ -197,7 +207,8 @@ class RemoteRunFolder:
 
     def remove(self) -> None:
         """Remove the run folder after a commit."""
-        with contextlib.suppress(OutputError):
+        with contextlib.suppress(RaymergeError):
+            self._lock.check_held()
             delete_folder(self.path)
 
 

@@ -39,7 +39,8 @@ def collect_into_store(out: str, collect: Callable[[str], object], *, resume: bo
     parent, name = os.path.split(uri)
     local = os.path.join(cache_folder(), "statistics-runs", xxhash.xxh3_64_hexdigest(uri.encode()), name)
     run_folder = f"{parent}/.{name}.raymerge"
-    with StoreLock(run_folder, uri).held():
+    lock = StoreLock(run_folder, uri)
+    with lock.held():
         if exists(f"{uri}/{MANIFEST}") and not overwrite:
             raise OutputError(f"{uri} exists; choose another folder or replace it with --overwrite.")
         if uri not in read_claim(run_folder):
@@ -49,6 +50,7 @@ def collect_into_store(out: str, collect: Callable[[str], object], *, resume: bo
             shutil.rmtree(local, ignore_errors=True)
         if not (resume and os.path.exists(os.path.join(local, MANIFEST))):
             collect(local)
+        lock.check_held()  # measuring may have taken hours, with the store out of reach
         write_claim(run_folder, {uri})
         delete_objects([f"{uri}/{MANIFEST}"])
         delete_folder(uri)

@@ -16,6 +16,7 @@ from object_store import BUCKET, ObjectStore
 import raymerge
 from raymerge.cluster.merge import merge
 from raymerge.cluster.options import MergeOptions
+from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.statistics import collect_statistics
 from raymerge.cluster.statistics_options import StatisticsOptions
 from raymerge.merge_actors.errors import OutputError
@@ -130,3 +131,27 @@ def test_statistics_killed_while_they_are_uploaded_are_replaced_from_another_mac
     collect_statistics(recipe["base_model"], out, options)
     assert "raymerge_statistics.json" in names(object_store, "overwrite/grams")
     assert not object_store.keys("overwrite/.grams.raymerge/")
+
+
+@pytest.mark.parametrize("at", ["check_space", "preallocate"])
+def test_a_run_whose_lock_was_taken_over_removes_nothing_of_the_new_owner(
+    recipe: Any, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Its driver was stopped for long, before or after it made room; what it finds then is another's."""
+    prefix = f"overwrite/taken-{at}/out"
+    run_folder = f"{prefix.removesuffix('out')}.out.raymerge"
+    theirs = [f"{prefix}/model.safetensors", f"{run_folder}/journal.jsonl/header.json"]
+    step = getattr(RemoteRunFolder, at)
+
+    def stop_after(folder: RemoteRunFolder, *arguments: Any) -> None:
+        step(folder, *arguments)
+        for key in object_store.keys(f"{run_folder}/lock-"):
+            object_store._call("DELETE", f"/{BUCKET}/{key}")
+        for key in theirs:
+            object_store.put_bytes(key, b"{}")
+
+    monkeypatch.setattr(RemoteRunFolder, at, stop_after)
+    monkeypatch.setattr(RemoteRunFolder, "small_files", lambda folder, _: folder._lock.check_held())
+    with pytest.raises(OutputError, match=r"another run took .* over"):
+        merge([recipe], f"s3://{BUCKET}/{prefix}", MergeOptions(**OPTIONS))
+    assert set(theirs) <= {*object_store.keys(prefix), *object_store.keys(run_folder)}
