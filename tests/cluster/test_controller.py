@@ -550,6 +550,22 @@ def test_questions_of_a_slow_worker_are_asked_again(tmp_path: Path, wakes_up: bo
     assert_merged(plan, expected_ties(models, plan))
 
 
+def test_each_more_worker_of_a_task_is_waited_for_twice_as_long() -> None:
+    """Whatever makes a task slow may hold everybody up: not all workers are to end up in it at once."""
+    now = 0.0
+    in_flight = InFlight(clock=lambda: now)
+    in_flight.begin(-1, 0)
+    in_flight.end(-1, 0)  # tasks take no time
+    in_flight.begin(1, 0)
+    for worker, times in ((1, 1), (2, 2), (3, 4)):
+        now += 0.9 * times * LEAST_SECONDS
+        assert in_flight.overdue(worker) is None
+        now += 0.2 * times * LEAST_SECONDS
+        assert in_flight.overdue(worker) == 1
+        in_flight.begin(1, worker)
+        assert in_flight.overdue(worker) is None
+
+
 def test_what_is_overdue_depends_on_the_others_and_on_patience() -> None:
     now = 0.0
     in_flight = InFlight(clock=lambda: now)

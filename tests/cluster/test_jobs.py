@@ -199,6 +199,7 @@ def test_a_head_that_has_just_started_is_waited_for(server: Any) -> None:
     ("variables", "text", "message"),
     [
         ({"HF_TOKEN": "x"}, "", r"--env HF_TOKEN: "),
+        ({"some_api_key": "x"}, "", r"--env some_api_key: "),
         ({"AZURE_STORAGE_CONNECTION_STRING": "x"}, "", r"--env AZURE_STORAGE_CONNECTION_STRING: "),
         ({"AZURE_STORAGE_SAS": "x"}, "", r"--env AZURE_STORAGE_SAS: "),
         (
