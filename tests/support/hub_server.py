@@ -81,7 +81,8 @@ def running_hub() -> Iterator[Hub]:
             elif len(rest) > 1 and rest[1] not in ("main", SHA):
                 self.absent("RevisionNotFound")
             elif is_api and rest[:1] in ([], ["revision"]):
-                self.answer({"id": repo, "sha": SHA, "siblings": []})
+                names = sorted(path.name for path in folder.iterdir() if path.is_file())
+                self.answer({"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in names]})
             elif is_api and rest[0] == "tree":
                 inside = folder.joinpath(*rest[2:])
                 if not inside.is_dir():
@@ -99,13 +100,14 @@ def running_hub() -> Iterator[Hub]:
                 self.absent("EntryNotFound")
                 return
             data, begin = path.read_bytes(), 0
+            tag = _digest(data)
             wanted = self.headers.get("Range")
             if wanted and self.command == "GET":
                 first, last = wanted.removeprefix("bytes=").split("-")
                 begin, data = int(first), data[int(first) : int(last) + 1]
             if self.command == "GET":
                 hub.fetched.append((path.name, begin, begin + len(data)))
-            self.answer(data, 206 if wanted else 200, ETag=f'"{path.stat().st_mtime_ns}"')
+            self.answer(data, 206 if wanted else 200, ETag=f'"{tag}"')
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -122,6 +124,9 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix()
     if path.is_dir():
         return {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
-    status = path.stat()
-    oid = hashlib.sha1(f"{status.st_mtime_ns}".encode(), usedforsecurity=False).hexdigest()
-    return {"type": "file", "oid": oid, "size": status.st_size, "path": name}
+    data = path.read_bytes()
+    return {"type": "file", "oid": _digest(data), "size": len(data), "path": name}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
