@@ -212,6 +212,26 @@ def test_the_widest_input_decides_the_length_of_a_piece(dtypes: tuple[str, str])
     assert [piece.num_elements for task in plan.tasks for piece in task.pieces] == [2 * UNIT] * 8
 
 
+@pytest.mark.parametrize(("tail", "value"), [("first", 1), ("last", 9)])
+def test_what_a_gradient_is_beside_the_layers(tail: str, value: float) -> None:
+    """Embeddings have its first value, the last norm and the head the one that `gradient_tail` names."""
+    names = ["model.embed_tokens.weight", *(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3))]
+    names += ["model.norm.weight", "lm_head.weight"]
+    models = {
+        name: checkpoint(name, {tensor: ("F32", (4, 4)) for tensor in names}) for name in ("one", "two")
+    }
+    recipe = {**linear("r", ["one", "two"]), "gradient_tail": tail}
+    recipe["models"][0]["parameters"] = {"weight": [1, 5, 9]}
+    plan = plan_of([recipe], models, KIB)
+    weights = {
+        job.tensor: plan.settings[job.settings][1].models[0]["weight"]
+        for task in plan.tasks
+        for piece in task.pieces
+        for job in piece.jobs
+    }
+    assert weights == dict(zip(names, [1, 1, 5, 9, value, value], strict=True))
+
+
 def test_files_that_share_inputs_by_way_of_others_are_made_together() -> None:
     """One piece goes to a and b, another to b and c: one worker makes all three, and another one d."""
     read = Read(model="m", tensor="w", file="i", offset=0, dtype="F32")
