@@ -90,7 +90,8 @@ def submit_command(
     files: dict[str, str] = {}
     words, own_gpus = _checked_words(context, list(command), num_gpus, files, plan=not no_check)
     check_no_secret({}, [*words, *files.values(), name or ""])
-    bundle = JobBundle(command=words, files=files, num_gpus=own_gpus)
+    way = "installed" if installed else "with dependencies" if install_dependencies else "staged"
+    bundle = JobBundle(command=words, files=files, num_gpus=own_gpus, environment=variables, way=way)
     jobs = Jobs(address)
     identity = bundle.submission_id(name)
     earlier = jobs.find(identity)

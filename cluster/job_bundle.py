@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,15 @@ class JobBundle:
     """Texts by name in the job's folder."""
     num_gpus: int = 0
     """Which the command needs for itself, beside those of its workers."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are set for it."""
+    way: str = "staged"
+    """How the nodes come by raymerge."""
 
     def submission_id(self, name: str | None) -> str:
-        """Return a name that the same command with the same files always has."""
-        content = json.dumps([self.command, sorted(self.files.items()), self.num_gpus, _version()])
+        """Return a name that the same command always has, with the same files and in the same environment."""
+        files, environment = sorted(self.files.items()), sorted(self.environment.items())
+        content = json.dumps([self.command, files, self.num_gpus, environment, self.way, _version()])
         own = _NOT_IN_A_NAME.sub("-", name or self._spoken_name()).strip("-.") or "raymerge"
         return f"{own}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 

@@ -106,6 +106,9 @@ def test_the_same_command_has_the_same_name():
     assert first != JobBundle(
         command=["merge", "ties.yaml", "/out"], files={"ties.yaml": "a: 1"}, num_gpus=2
     ).submission_id(None)
+    plain = JobBundle(command=["verify", "/out"]).submission_id(None)
+    for other in ({"environment": {"AWS_ENDPOINT_URL": "http://store"}}, {"way": "installed"}):
+        assert plain != JobBundle(command=["verify", "/out"], **other).submission_id(None)
     assert identity(["merge"], {}, "my job/1").startswith("my-job-1-")
 
 
