@@ -35,9 +35,11 @@ class Objective:
 
     def value(self, metrics: Mapping[str, float | None]) -> float:
         """Return sum_t w_t m_t / sum_t |w_t|; NaN if a metric is missing."""
+        if len(self.weights) == 1:  # w m / |w| without a rounding
+            [(name, weight)] = self.weights
+            return math.copysign(1.0, weight) * _number(metrics.get(name))
         total = sum(abs(weight) for _, weight in self.weights)
-        parts = [weight * _number(metrics.get(name)) for name, weight in self.weights]
-        return self.weights[0][1] * parts[0] if len(parts) == 1 else math.fsum(parts) / total
+        return math.fsum(weight * _number(metrics.get(name)) for name, weight in self.weights) / total
 
     def error(self, errors: Mapping[str, float | None]) -> float:
         """Return the standard error of `value`, tasks being independent; NaN if one is missing."""

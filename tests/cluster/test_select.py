@@ -55,6 +55,17 @@ def test_failed_pruned_and_equal_points_are_no_winners() -> None:
     assert [each.point for each in rank(rows, ACCURACY)] == [2, 4]
 
 
+@pytest.mark.parametrize(("weight", "value"), [(1.0, 0.3), (7.0, 0.3), (-1.0, -0.3), (-0.5, -0.3)])
+def test_of_the_weight_of_a_single_metric_only_the_sign_counts(weight: float, value: float) -> None:
+    """`mean: {a.loss: -1}, mode: max` seeks the smallest loss, and shows it as such."""
+    objective = Objective(weights=(("a.loss", weight),), mode="max")
+    assert objective.value({"a.loss": 0.3}) == value
+    assert objective.error({"a.loss": 0.01}) == pytest.approx(0.01)
+    assert math.isnan(objective.value({}))
+    best = rank([_row(0, a_loss=2.0), _row(1, a_loss=1.0)], Selection(objectives=(objective,)))[0]
+    assert best.point == (0 if weight > 0 else 1)
+
+
 def test_a_weighted_mean_over_tasks() -> None:
     mean = Objective(weights=(("a.acc", 3.0), ("b.loss", -1.0)), mode="max")
     selection = Selection(objectives=(mean,))
