@@ -87,3 +87,12 @@ def test_weights_that_cancel_but_for_rounding_are_refused() -> None:
     assert check is not None
     models = tuple({"weight": weight} for weight in (0.1, 0.2, -0.3))
     assert "sum to 0" in (check(Settings(shared={"normalize": True}, models=models)) or "")
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_one_wide_input_makes_the_merge_wide(wide: int) -> None:
+    models = [torch.randn(9), torch.randn(9)]
+    models[wide] = torch.randn(9, dtype=torch.float64)
+    merged = average(models, [1, 1])
+    assert merged.dtype == torch.float64
+    torch.testing.assert_close(merged, (models[0].double() + models[1].double()) / 2, rtol=1e-15, atol=1e-15)
