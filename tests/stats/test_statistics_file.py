@@ -175,3 +175,20 @@ def test_a_truncated_file_is_refused(statistics: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="truncated"):
         open_statistics(statistics)
+
+
+def test_grams_of_another_type_are_refused(statistics: Path) -> None:
+    """A matrix of the right shape in float64 has other bytes at every place."""
+    save_file({"c.weight": torch.ones(3, dtype=torch.float64)}, statistics / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"is F64 \[3\]; 2 input features need F32 \[3\]"):
+        open_statistics(statistics)
+
+
+def test_the_fingerprint_is_that_of_the_numbers_and_of_what_is_said_of_them(statistics: Path) -> None:
+    """The same matrices with another number of rows make another merge."""
+    first = open_statistics(statistics).fingerprint
+    assert open_statistics(statistics).fingerprint == first
+    _edit(statistics, lambda manifest: manifest["modules"]["c.weight"].update(num_rows=1234))
+    second = open_statistics(statistics).fingerprint
+    save_file({"c.weight": torch.full((3,), 2.0)}, statistics / "b.safetensors")
+    assert len({first, second, open_statistics(statistics).fingerprint}) == 3
