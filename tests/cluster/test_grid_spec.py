@@ -173,6 +173,10 @@ ERRORS = {
         "g.yaml:5: key select.mean.topic.accuracy is -1, but higher is better for topic.accuracy and the mean is made "
         "large; give it a positive weight."
     ),
+    "grid: {w: [1]}\nselect: {mean: {topic.accuracy: 1, topic.f1_macro: 1}, mode: min}": (
+        "g.yaml:5: key select.mean.topic.accuracy is 1, but higher is better for topic.accuracy and the mean is made "
+        "small; give it a negative weight."
+    ),
     "grid: {w: [1]}\nselect: {metric: topic.accuracy, average_over: sed}": (
         "g.yaml:5: key select.average_over names 'sed', which is no axis; known: w."
     ),
