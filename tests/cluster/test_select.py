@@ -52,8 +52,8 @@ def test_failed_pruned_and_equal_points_are_no_winners() -> None:
         _row(5, a_acc=0.6) | {"same_as": 4},
         _row(6, a_acc=0.6),
     ]
-    for given in (rows, rows[::-1]):  # in whichever order they were finished
-        assert [each.point for each in rank(given, ACCURACY)] == [2, 4]
+    for finished in (rows, rows[::-1]):  # in whichever order they were finished
+        assert [each.point for each in rank(finished, ACCURACY)] == [2, 4]
 
 
 @pytest.mark.parametrize(("weight", "value"), [(1.0, 0.3), (7.0, 0.3), (-1.0, -0.3), (-0.5, -0.3)])
