@@ -106,6 +106,7 @@ class RemoteGridFolder(GridFolder):
 
     def clear(self) -> None:
         """Remove an earlier run's results and checkpoints; objects that are not ours stay."""
+        self._lock.check_held()
         super().clear()
         for entry in entries(self.out):
             if entry.is_folder and entry.name.startswith("best-"):
@@ -128,7 +129,7 @@ class RemoteGridFolder(GridFolder):
     def _follow(self, done: threading.Event) -> None:
         while not done.wait(SYNC_SECONDS):
             try:
-                self._lock.check_not_lost()
+                self._lock.check_held()  # as the store has it now: the driver may have been stopped for minutes
                 self._write_changes()
                 self._failure = None
             except RaymergeError as error:

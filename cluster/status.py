@@ -18,6 +18,7 @@ from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME, read_rows
 from raymerge.cluster.run_folder import LOCK_NAME, MANIFEST_NAME, STATISTICS_JOURNAL_NAME, RunFolder
+from raymerge.cluster.store_claim import read_claim
 from raymerge.merge_actors.errors import CheckpointError, OutputError
 from raymerge.merge_actors.storage.folders import entries, exists
 from raymerge.merge_actors.storage.uris import is_remote, without_file_scheme
@@ -132,7 +133,8 @@ def _look(place: str) -> RunStatus:
         ]
         last = _modified(path)
     measured = None if is_remote(place) else _measured(folder.path)
-    if not headers and not is_alive and measured is None:
+    is_claimed = is_remote(place) and bool(read_claim(folder.path))  # killed before its journal was there
+    if not (headers or is_alive or is_claimed) and measured is None:
         outputs = _outputs(folder.out)
         state: State = "finished" if not outputs else "outputs below"
         return dataclasses.replace(_status(folder.out, state, [], 0, (0, 0), None, None), outputs=outputs)

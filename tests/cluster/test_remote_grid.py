@@ -231,3 +231,23 @@ def test_a_folder_taken_over_is_not_written(object_store: ObjectStore, out: str,
         [ticket] = object_store.keys(f"{key}/lock-")
         object_store._call("DELETE", f"/models/{ticket}")
     assert object_store.keys(key) == []
+
+
+def test_a_driver_that_was_stopped_writes_nothing_over_its_successor(
+    object_store: ObjectStore, out: str, monkeypatch: pytest.MonkeyPatch, local_folder: Path
+) -> None:
+    """It goes on with a heartbeat to come: what the store has of tickets counts, not what it knew."""
+    monkeypatch.setattr(remote_grid_folder, "SYNC_SECONDS", 0.05)
+    folder = open_grid_folder(out)
+    key = out.removeprefix("s3://models/")
+    with pytest.raises(OutputError, match="another run took"), folder.locked():
+        [ticket] = object_store.keys(f"{key}/lock-")
+        object_store._call("DELETE", f"/models/{ticket}")
+        folder.write_json("run.json", {})
+        time.sleep(0.5)
+        assert object_store.keys(key) == []
+        with pytest.raises(OutputError, match="another run took"):
+            folder.clear()
+        for _ in range(400):
+            folder.check()
+            time.sleep(0.005)

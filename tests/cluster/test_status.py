@@ -18,9 +18,11 @@ from raymerge.cluster import local_lock, remote_grid_folder, status, store_lock
 from raymerge.cluster.grid_folder import GridFolder
 from raymerge.cluster.journal import Journal
 from raymerge.cluster.remote_grid_folder import open_grid_folder
+from raymerge.cluster.remote_run_folder import RemoteRunFolder
 from raymerge.cluster.results import ResultsWriter
 from raymerge.cluster.run_folder import LOCK_NAME, STATISTICS_JOURNAL_NAME, RunFolder
 from raymerge.cluster.status import run_status
+from raymerge.cluster.store_claim import write_claim
 from raymerge.merge_actors.errors import OutputError
 from raymerge.merge_actors.task import TaskReport
 
@@ -167,6 +169,13 @@ def test_a_grid_is_a_run_too(place, tmp_path, object_store, monkeypatch):
         writer.close()
         folder.write_json("best.json", [])
     assert run_status(out).text() == f"{out}: finished, 4 points (1 failed)"
+
+
+def test_a_run_that_was_killed_before_its_journal_is_unfinished(object_store):
+    out = "s3://models/status-claimed"
+    folder = RemoteRunFolder(out, is_campaign=False)
+    write_claim(folder.path, [out])
+    assert run_status(out).text() == f"{out}: unfinished, no task finished yet, go on with --resume"
 
 
 def test_a_file_of_the_same_name_is_no_grid(tmp_path):
