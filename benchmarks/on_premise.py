@@ -38,7 +38,8 @@ from model_shapes import LLAMA_SHAPES
 _SCRIPTS = Path(sys.executable).parent
 _S3_PORT = 9123
 _ASKED = "asked.jsonl"
-_SAMPLE_BYTES = 4096
+#: Of a tensor, when planning looks at how far models are from their base; those of fingerprints are smaller.
+_SAMPLE_BYTES = 16 << 10
 #: So that there is something to do for every host: a file of an output is made by one of them.
 _SHARD_SIZE = "16MB"
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "on-premise", "AWS_SECRET_ACCESS_KEY": "on-premise"}
