@@ -245,8 +245,8 @@ class RayEvaluators:
         number, actor = self._starting.pop(reference)
         try:
             self.pids[number] = ray.get(reference, timeout=30)
-        except RaymergeError:  # of `begin`: the next one would say the same
-            raise
+        except RayTaskError as error:  # of `begin`: the next one would say the same
+            raise error.cause if isinstance(error.cause, RaymergeError) else error from None
         except (RayError, GetTimeoutError) as error:
             return self._lose(number, actor, f"evaluator {number} did not start: {_first_line(error)}")
         self._actors[number] = actor

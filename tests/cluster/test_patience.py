@@ -106,8 +106,9 @@ def test_actors_of_all_kinds_refuse_other_versions_and_a_gpu_that_torch_cannot_u
         (group := RayGroup(1, num_cpus=1, num_gpus=0), lambda group=group: group.start(context)),
     ):
         try:
-            with pytest.raises(ClusterError, match=said):
+            with pytest.raises(ClusterError, match=said) as caught:
                 start()
+            assert len(str(caught.value).splitlines()) == 1  # a sentence, not the actor's traceback
         finally:
             group.close()
 
