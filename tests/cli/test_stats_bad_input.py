@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
+from object_store import BUCKET, ObjectStore
 from safetensors.torch import load_file, save_file
 
 from raymerge.cli.main import main
@@ -109,10 +110,10 @@ def test_options_that_do_not_fit(words: list[str], sentence: str, bert: Path, tm
     assert sentence in refusal(measure(bert, path, tmp_path / "out", *words), tmp_path / "out")
 
 
-def test_data_elsewhere(bert: Path, tmp_path: Path) -> None:
+def test_data_that_are_not_there(bert: Path, tmp_path: Path, object_store: ObjectStore) -> None:
     out = tmp_path / "out"
-    line = refusal(measure(bert, "s3://bucket/data.jsonl", out), out)
-    assert "calibration data are local files" in line
+    line = refusal(measure(bert, f"s3://{BUCKET}/none.jsonl", out), out)
+    assert f"the data 's3://{BUCKET}/none.jsonl' do not exist; give a file or a folder in the store" in line
     assert "do not exist" in refusal(measure(bert, tmp_path / "none.jsonl", out), out)
 
 
