@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from raymerge.cluster.journal import boot_id
 from raymerge.cluster.local_lock import in_words
 from raymerge.merge_actors.errors import OutputError, RaymergeError
-from raymerge.merge_actors.storage.folders import entries, read_bytes
+from raymerge.merge_actors.storage.folders import entries, exists, read_bytes
 from raymerge.merge_actors.storage.objects import delete_objects, write_object
 from raymerge.merge_actors.storage.store import Entry
 
@@ -48,6 +48,7 @@ class StoreLock:
 
         Raises:
             OutputError: another run holds it, or the store cannot be written.
+            CheckpointError: the ticket of another cannot be read.
         """
         self._write()
         beating: threading.Thread | None = None
@@ -91,6 +92,8 @@ class StoreLock:
     def _refuse_others(self) -> None:
         tickets = [entry for entry in entries(self._folder) if entry.name.startswith(TICKET_PREFIX)]
         own = next((entry for entry in tickets if entry.name == self._name), None)
+        if own is None:  # removed with all that lay in the folder
+            raise OutputError(f"another run of {self._out} is just ending; start again")
         for ticket in tickets:
             if ticket.name == self._name:
                 continue
@@ -104,14 +107,25 @@ class StoreLock:
             )
 
     def _owner(self, ticket: Entry) -> dict[str, object] | None:
-        """Return who wrote a ticket; None if it was withdrawn since."""
+        """Return who wrote a ticket; None if it was withdrawn since, or is none of ours.
+
+        Raises:
+            CheckpointError: it is there and cannot be read, so its owner may be at work.
+        """
+        uri = f"{self._folder}/{ticket.name}"
         try:
-            found = json.loads(read_bytes(f"{self._folder}/{ticket.name}"))
+            data = read_bytes(uri)
+        except RaymergeError:
+            if exists(uri):
+                raise
+            return None
+        try:
+            found = json.loads(data)
             return {
                 "processes": found.get("processes"),
                 **{key: found[key] for key in ("host", "pid", "since")},
             }
-        except (RaymergeError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def _beat(self) -> None:
@@ -202,7 +216,7 @@ def _beats(folder: str, ticket: Entry) -> bool:
     return False
 
 
-def _is_stale(ticket: Entry, own: Entry | None) -> bool:
-    if own is None or own.modified_seconds is None or ticket.modified_seconds is None:
+def _is_stale(ticket: Entry, own: Entry) -> bool:
+    if own.modified_seconds is None or ticket.modified_seconds is None:
         return False
     return own.modified_seconds - ticket.modified_seconds > STALE_SECONDS

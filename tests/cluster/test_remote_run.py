@@ -201,7 +201,6 @@ def test_only_the_times_of_the_store_make_a_ticket_stale(
     """Where a store tells none, whoever has a ticket may be alive."""
     ticket, own = (Entry("lock-0.json", False, 9, "", seconds) for seconds in (written, now))
     assert store_lock._is_stale(ticket, own) is is_stale
-    assert not store_lock._is_stale(ticket, None)
 
 
 def test_a_lock_that_was_broken_stops_its_owner(out: str, object_store: ObjectStore) -> None:
@@ -289,6 +288,40 @@ def test_a_ticket_of_a_process_that_is_gone_counts_for_nothing_where_its_number_
             other.check_held()
         return
     with pytest.raises(OutputError, match="another run is writing"), other.held():
+        pass
+
+
+@pytest.mark.parametrize("fault", ["403", "503"])
+def test_a_ticket_that_cannot_be_read_is_not_taken_for_a_withdrawn_one(
+    out: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    """Its owner is at work, and another account or a store in trouble is no reason to end him."""
+    monkeypatch.setattr("raymerge.merge_actors.storage.retry.FIRST_PAUSE_SECONDS", 0.001)
+    first, second = (store_lock.StoreLock(f"{out}/.run", out) for _ in range(2))
+    with first.held():
+        object_store.fail(fault, f".run/{first._name}", times=1000)
+        object_store.fail(fault, f".run/{first._name}", method="HEAD", times=1000)
+        with pytest.raises(CheckpointError, match=r"cannot .*lock-"), second.held():
+            pass
+        object_store.faults.clear()
+        first.check_held()
+    assert not object_store.keys(f"{key_of(out)}/.run/lock-")
+
+
+def test_a_ticket_that_is_gone_before_it_was_looked_for_is_no_lock(
+    out: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that held the folder has just ended, and removed what was in it."""
+    lock = store_lock.StoreLock(f"{out}/.run", out)
+    write = lock._write
+
+    def write_and_lose() -> None:
+        write()
+        for key in object_store.keys(f"{key_of(out)}/.run/"):
+            object_store._call("DELETE", f"/{BUCKET}/{key}")
+
+    monkeypatch.setattr(lock, "_write", write_and_lose)
+    with pytest.raises(OutputError, match=r"another run of .* is just ending"), lock.held():
         pass
 
 
