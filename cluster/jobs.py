@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,6 +224,12 @@ class Jobs:
         return self.wait(submission_id)
 
     async def _follow(self, submission_id: str, write: Callable[[str], None]) -> None:
+        async with contextlib.aclosing(self._pieces(submission_id)) as pieces:
+            async for text in pieces:  # what `write` raises, a closed pipe, is no lost connection
+                write(text)
+
+    async def _pieces(self, submission_id: str) -> AsyncGenerator[str, None]:
+        """Yield a job's log piece by piece until it ends, each once, over lost connections."""
         num_seen, num_failures = 0, 0
         while True:
             num_here = 0
@@ -232,8 +238,8 @@ class Jobs:
                     begin = max(0, num_seen - num_here)  # the log begins anew after a lost connection
                     num_here += len(text)
                     if num_here > num_seen:
-                        write(text[begin:])
                         num_seen, num_failures = num_here, 0
+                        yield text[begin:]
                 return
             except Exception as error:  # whatever aiohttp and the client raise for a broken connection
                 num_failures += 1

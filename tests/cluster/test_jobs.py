@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -126,6 +126,26 @@ def test_who_follows_a_job_that_waits_for_a_gpu_hears_so(
 
     assert server.jobs.follow("job", lambda text: None, remark).state == "FAILED"
     assert remarks == ["job job is PENDING: It may be waiting for resources."] * 2
+
+
+def test_whoever_stops_reading_a_log_is_no_lost_connection(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`raymerge jobs logs --follow JOB | head`: the pipe is closed, the job server is not."""
+    taken: list[str] = []
+
+    async def tail(submission_id: str) -> AsyncIterator[str]:
+        yield "one\n"
+        yield "two\n"
+
+    def write(text: str) -> None:
+        taken.append(text)
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(server.jobs._client, "tail_job_logs", tail)
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        server.jobs.follow("job", write)
+    assert taken == ["one\n"]
 
 
 def test_a_token_in_an_answer_is_not_repeated(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
