@@ -83,7 +83,7 @@ def connected(
             placement.num_workers,
             num_cpus=1,
             num_gpus=1 if placement.device == "cuda" else 0,
-            how_many=(lambda: _place_on_cluster(None, placement.device).num_workers) if grows else None,
+            how_many=(lambda: _num_places(placement.device, *_cluster_resources())) if grows else None,
             on_remark=on_remark,
         )
         try:
@@ -147,19 +147,27 @@ def _place_on_cluster(workers: int | None, device: Device) -> Placement:
 
     GPUs that are asked for by number may still have to be started, by a cluster that scales.
     """
+    num_cpus, num_gpus = _cluster_resources()
+    if device == "cuda" and workers is not None and not num_gpus:
+        return Placement(workers, "cuda", 1)
+    return _place(workers, device, num_cpus, num_gpus)
+
+
+def _cluster_resources() -> tuple[int, int]:
+    """Return the CPU cores and GPUs of the cluster; none while those of its nodes that had some are gone."""
     import ray
 
     resources = ray.cluster_resources()
-    if device == "cuda" and workers is not None and not resources.get("GPU"):
-        return Placement(workers, "cuda", 1)
-    return _place(workers, device, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
 
 
 def _place(workers: int | None, device: Device, num_cpus: int, num_gpus: int) -> Placement:
-    if choose_device(device, num_gpus) == "cuda":
-        return Placement(workers or num_gpus, "cuda", 1)
-    count = workers or max(1, min(num_cpus, _MOST_CPU_WORKERS))
-    return Placement(count, "cpu", 1)
+    chosen = choose_device(device, num_gpus)
+    return Placement(workers or _num_places(chosen, num_cpus, num_gpus), chosen, 1)
+
+
+def _num_places(device: Literal["cpu", "cuda"], num_cpus: int, num_gpus: int) -> int:
+    return num_gpus if device == "cuda" else max(1, min(num_cpus, _MOST_CPU_WORKERS))
 
 
 def local_resources() -> tuple[int, int]:

@@ -76,6 +76,30 @@ def test_evaluators_on_gpus_wait_for_a_machine_that_has_some(hurried, tmp_path):
         pass
 
 
+def test_a_run_on_gpus_bears_that_all_of_them_are_gone_for_a_while(ray_session, monkeypatch):
+    """Nodes that may be taken away at any time: what replaces the last one is waited for, not the end of the run."""
+    import ray
+
+    from raymerge.cluster import ray_group
+    from raymerge.cluster.connect import connected
+
+    groups: list[Any] = []
+
+    def record(num_workers, *, how_many, **options):
+        groups.append(how_many)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(ray_group, "RayGroup", record)
+    resources = {"CPU": 8.0, "GPU": 2.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    with connected(address=None, in_process=False, workers=None, device="auto") as (_, placement):
+        assert (placement.device, placement.num_workers, groups[0]()) == ("cuda", 2, 2)
+        resources["GPU"] = 4.0
+        assert groups[0]() == 4
+        del resources["GPU"]
+        assert groups[0]() == 0
+
+
 @pytest.mark.parametrize(
     ("device", "versions", "said"),
     [
