@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 from raymerge.cluster.grid_folder import BEST_NAME, RUN_NAME, GridFolder
 from raymerge.cluster.results import JOURNAL_NAME, RESULTS_NAME
 from raymerge.cluster.store_lock import STALE_SECONDS, TICKET_PREFIX, StoreLock
-from raymerge.merge_actors.errors import OutputError, RaymergeError
+from raymerge.merge_actors.errors import CheckpointError, OutputError, RaymergeError
 from raymerge.merge_actors.files import write_error
-from raymerge.merge_actors.storage.folders import entries, read_bytes
+from raymerge.merge_actors.storage.folders import entries, read_bytes, remote_entry
 from raymerge.merge_actors.storage.objects import delete_folder, delete_objects, write_object
 from raymerge.merge_actors.storage.uris import absolute, is_remote
 
@@ -32,6 +32,8 @@ from raymerge.merge_actors.storage.uris import absolute, is_remote
 SYNC_SECONDS = 5.0
 #: Read in this order, so that a table that is written meanwhile costs no row.
 _FETCHED = (JOURNAL_NAME, RESULTS_NAME, RUN_NAME, BEST_NAME)
+#: How often an object that was replaced while it was read is read again.
+_MOST_READS = 10
 
 
 class RemoteGridFolder(GridFolder):
@@ -113,8 +115,9 @@ class RemoteGridFolder(GridFolder):
                 delete_folder(f"{self.out}/{entry.name}")
 
     def _fetch(self) -> None:
-        there = {entry.name for entry in entries(self.out)}
-        data = {name: read_bytes(f"{self.out}/{name}") for name in _FETCHED if name in there}
+        # Not by a listing: a table that came after it would be missed, and its rows are in the journal no more.
+        found = {name: _read_whole(f"{self.out}/{name}") for name in _FETCHED}
+        data = {name: content for name, content in found.items() if content is not None}
         if RUN_NAME in data:
             data.setdefault(JOURNAL_NAME, b"")  # no point was finished yet
         try:
@@ -178,6 +181,31 @@ class RemoteGridFolder(GridFolder):
                 if not entry.name.endswith(".new"):
                     found[entry.name] = (status.st_size, status.st_mtime_ns)
         return found
+
+
+def _read_whole(uri: str) -> bytes | None:
+    """Read an object that its writer may replace between the requests for its length and for so many bytes.
+
+    Returns:
+        its bytes; None if there is none.
+
+    Raises:
+        OutputError: it is replaced again and again.
+        CheckpointError: it cannot be read.
+    """
+    for _ in range(_MOST_READS):
+        before = remote_entry(uri)
+        if before is None:
+            return None
+        try:
+            data = read_bytes(uri)
+        except CheckpointError:  # it may have become shorter, or is gone
+            if remote_entry(uri) == before:
+                raise
+            continue
+        if remote_entry(uri) == before:
+            return data
+    raise OutputError(f"{uri} is replaced faster than it can be read from here; look again later")
 
 
 def open_grid_folder(out: str | os.PathLike[str]) -> GridFolder:

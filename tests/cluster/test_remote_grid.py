@@ -149,6 +149,53 @@ def test_results_reach_the_store_while_the_grid_runs(
         writer.close()
 
 
+def test_a_table_that_is_replaced_while_it_is_read_is_read_again(
+    object_store: ObjectStore, out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A reader asks for the length first and then for so many bytes, which may be those of a longer table."""
+    tables = []
+    for number in (1, 40):
+        writer = ResultsWriter(str(tmp_path))
+        for point in range(number):
+            writer.append({"point": point, "split": "validation"})
+        writer.close()
+        tables.append((tmp_path / "results.parquet").read_bytes())
+    earlier, later = tables
+    key = f"{out.removeprefix('s3://models/')}/results.parquet"
+    object_store.put_bytes(key, earlier)
+    read = remote_grid_folder.read_bytes
+
+    def read_late(uri: str) -> bytes:
+        monkeypatch.setattr(remote_grid_folder, "read_bytes", read)
+        object_store.put_bytes(key, later)
+        return later[: len(earlier)]
+
+    monkeypatch.setattr(remote_grid_folder, "read_bytes", read_late)
+    assert [row["point"] for row in _rows(out)] == list(range(40))
+
+
+def test_a_table_that_comes_while_the_folder_is_read_is_seen(
+    object_store: ObjectStore, out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first rows move from the journal into a table that was not there when the reader began."""
+    writer = ResultsWriter(str(tmp_path))
+    writer.append({"point": 0, "split": "validation"})
+    prefix = out.removeprefix("s3://models/")
+    object_store.put_bytes(f"{prefix}/run.json", b"{}")
+    object_store.put_bytes(f"{prefix}/journal.jsonl", (tmp_path / "journal.jsonl").read_bytes())
+    writer.close()
+    read = remote_grid_folder.read_bytes
+
+    def compact_first(uri: str) -> bytes:
+        monkeypatch.setattr(remote_grid_folder, "read_bytes", read)
+        for name in ("results.parquet", "journal.jsonl"):
+            object_store.put_bytes(f"{prefix}/{name}", (tmp_path / name).read_bytes())
+        return read(uri)
+
+    monkeypatch.setattr(remote_grid_folder, "read_bytes", compact_first)
+    assert [row["point"] for row in _rows(out)] == [0]
+
+
 def test_what_the_store_does_not_take_is_kept_here(
     object_store: ObjectStore, out: str, monkeypatch: pytest.MonkeyPatch, local_folder: Path
 ) -> None:
