@@ -161,11 +161,13 @@ class GridRun:
     def carry_out(self, strict: bool, run_points: Callable[[GridRun, Runner], None]) -> GridResult:
         """Plan, run the points as `run_points` says, and export."""
         started = time.monotonic()
-        self.folder.check_free(resume=self.options.resume, overwrite=self.options.overwrite)
+        decided = {"resume": self.options.resume, "overwrite": self.options.overwrite}
+        self.folder.check_free(**decided)
         self.plan = plan_grid(self.spec, self.options, strict=strict)
         for line in self.plan.remarks:
             self.remark(line)
         with self.folder.locked():
+            self.folder.check_free(**decided)  # another run may have come and gone while we planned
             if self.options.overwrite:
                 self.folder.clear()
             self.writer = ResultsWriter(self.folder.path)

@@ -95,6 +95,24 @@ def test_a_stopped_run_goes_on_where_it_was(family: Family, fake_runner: Any, tm
     assert (again.num_run, again.num_resumed, runner.tested) == (0, 12, [5])
 
 
+def test_a_run_that_planned_while_another_made_its_results_refuses_them(
+    family: Family, fake_runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning may take minutes; what has come meanwhile is neither mixed with nor written over."""
+    out, raw = tmp_path / "out", _grid(family)
+
+    def plan_late(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setattr("raymerge.cluster.grid_plan._check_tasks", lambda evaluation, folder: [])
+        _run(raw, out, fake_runner(_score))
+        return plan_grid(*arguments, **options)
+
+    monkeypatch.setattr("raymerge.cluster.grid.plan_grid", plan_late)
+    with pytest.raises(OutputError, match="holds results; go on with --resume"):
+        _run(raw, out, fake_runner(lambda axes: 0.0))
+    assert max(row["metric.topic.accuracy"] for row in read_rows(str(out))) > 1
+
+
 def test_a_limit_runs_less_and_loses_nothing(family: Family, fake_runner: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     runner = fake_runner(_score)
