@@ -141,7 +141,9 @@ def test_figures_do_not_depend_on_threads_or_blocks(
     runs = [measure(select_tensors(checkpoints, None), comparisons, pairs, threads) for threads in (1, 3)]
     monkeypatch.undo()
     large = measure(select_tensors(checkpoints, None), comparisons, pairs, 2)
-    assert [figures.tensors for figures in runs[0].deltas] == [figures.tensors for figures in runs[1].deltas]
+    # Compared as texts, which are exact: a cosine with a tensor of zeros is NaN, and so unequal to itself.
+    first, second = ([repr(figures.tensors) for figures in run.deltas] for run in runs)
+    assert first == second
     assert runs[0].agreements == runs[1].agreements
     for small, whole in zip(runs[0].deltas, large.deltas, strict=True):
         for one, other in zip(small.tensors, whole.tensors, strict=True):

@@ -291,7 +291,7 @@ def test_expected_fisher_of_a_head_bias_is_its_analytic_value(
     torch.testing.assert_close(found.double(), torch.stack(values).mean(dim=0), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_or_stopped_makes_the_layer_group_start_again(
     ray_session: None,
     tiny_checkpoints: Callable[..., Any],
