@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import filelock
 import xxhash
 
 from raymerge.merge_actors.checkpoint.pickles import cache_folder
@@ -54,6 +55,10 @@ def local_data(source: str) -> str:
 
 def _files_below(uri: str, path: str) -> Iterator[tuple[str, Entry]]:
     for each in entries(f"{uri}{path}"):
+        if each.name in (".", ".."):  # on a disk it would lead out of the copy
+            raise RecipeError(
+                f"{uri}{path} holds objects below {each.name!r}, which is no name of a file or a folder; remove them"
+            )
         if each.is_folder:
             yield from _files_below(uri, f"{path}/{each.name}")
         else:
@@ -61,7 +66,7 @@ def _files_below(uri: str, path: str) -> Iterator[tuple[str, Entry]]:
 
 
 def _copy(uri: str, files: Sequence[tuple[str, Entry]], target: str, name: str) -> None:
-    """Copy into a folder of our own and give it its name when it is whole."""
+    """Copy into a folder of our own and give it its name when it is whole; the other processes of the node wait."""
     temporary = ""
 
     def copy(each: tuple[str, Entry]) -> None:
@@ -76,14 +81,15 @@ def _copy(uri: str, files: Sequence[tuple[str, Entry]], target: str, name: str) 
 
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix="copying-", dir=os.path.dirname(target))
-        map_concurrently(copy, files, [uri])
-        os.rename(temporary, target)
+        with filelock.FileLock(target + ".lock"):
+            if not os.path.isdir(target):
+                temporary = tempfile.mkdtemp(prefix="copying-", dir=os.path.dirname(target))
+                map_concurrently(copy, files, [uri])
+                os.rename(temporary, target)
     except OSError as error:
-        if not os.path.isdir(target):  # else another process was faster
-            raise RecipeError(
-                f"cannot keep a copy of the data {uri} in {target}: {error.strerror}; free space there or set "
-                "RAYMERGE_CACHE to another folder"
-            ) from error
+        raise RecipeError(
+            f"cannot keep a copy of the data {uri} in {target}: {error.strerror}; free space there or set "
+            "RAYMERGE_CACHE to another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from object_store import BUCKET, ObjectStore
 from raymerge.cluster.grid_plan import _file_fingerprints
 from raymerge.cluster.yaml_source import MAX_TEXT_BYTES, read_documents
 from raymerge.merge_actors.errors import CheckpointError, RecipeError
+from raymerge.stats import remote_data
 from raymerge.stats.data_rows import DataSpec, read_rows
 from raymerge.stats.image_data import are_images
 from raymerge.stats.remote_data import local_data
@@ -79,6 +82,35 @@ def test_what_is_not_there_or_broken_off_is_said(object_store: ObjectStore, cach
     fault = object_store.fail("cut", "data-cut/texts")
     assert read_rows(DataSpec(source=f"s3://{BUCKET}/data-cut/texts.jsonl")).texts == ["one", "two"]
     assert fault.num_done == 1
+
+
+@pytest.mark.parametrize("way_out", ["../../../left.jsonl", "train/../../../../left.jsonl"])
+def test_no_key_leads_out_of_the_cache(object_store: ObjectStore, cache: Path, way_out: str) -> None:
+    """A store knows no folders, so a stranger's key may say what would be one above on a disk."""
+    object_store._call("PUT", f"/{BUCKET}/data-out/texts.jsonl", _jsonl("one"))
+    assert object_store._call("PUT", f"/{BUCKET}/data-out/{way_out}", _jsonl("left"))[0] == 200
+    with pytest.raises(RecipeError, match=r"'\.\.', which is no name of a file or a folder"):
+        local_data(f"s3://{BUCKET}/data-out")
+    assert not list(cache.parent.rglob("left.jsonl"))
+
+
+def test_workers_of_a_node_copy_data_once(
+    object_store: ObjectStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have looked, and found no copy, before the first one begins."""
+    object_store.put_bytes("data-node/texts.jsonl", _jsonl("one"))
+    object_store.forget()
+    copy, looked = remote_data._copy, threading.Barrier(3, timeout=60)
+
+    def copy_together(*arguments: Any) -> None:
+        looked.wait()
+        copy(*arguments)
+
+    monkeypatch.setattr(remote_data, "_copy", copy_together)
+    with ThreadPoolExecutor(3) as workers:
+        places = set(workers.map(local_data, [f"s3://{BUCKET}/data-node"] * 3))
+    assert [Path(place, "texts.jsonl").read_bytes() for place in places] == [_jsonl("one")]
+    assert len(object_store.fetched("data-node/")) == 1
 
 
 def test_a_full_cache_is_said(object_store: ObjectStore, cache: Path) -> None:
