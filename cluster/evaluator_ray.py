@@ -21,6 +21,7 @@ from raymerge.cluster.signs_of_life import SignsOfLife
 from raymerge.merge_actors.actor_log import begin_log
 from raymerge.merge_actors.errors import ClusterError, RaymergeError
 from raymerge.merge_actors.place_check import check_place
+from raymerge.merge_actors.ray_metrics import EvaluatorMetrics
 from raymerge.merge_actors.versions import installed_versions
 
 #: How long nodes may take to say how much memory their GPUs have.
@@ -44,7 +45,9 @@ class RayEvaluator:
             return
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        begin_log(f"evaluator, Ray's job {ray.get_runtime_context().get_job_id()}")
+        run = f"job {ray.get_runtime_context().get_job_id()}"
+        begin_log(f"evaluator, Ray's {run}")
+        self._metrics = EvaluatorMetrics(run)
         sys.setswitchinterval(2e-4)  # as for merge workers: threads hand each other the interpreter often
         self._evaluator = Evaluator(job)
         self._is_cuda = job.device == "cuda"
@@ -52,8 +55,13 @@ class RayEvaluator:
     def answer(self, call: Call) -> MergeReport | ScoreReport | Failure:
         """Carry out a call."""
         report = answer(self._evaluator, call)
-        if isinstance(report, Failure) and self._is_cuda:
+        if isinstance(report, MergeReport):
+            self._metrics.count_merge(report.seconds, report.bytes_read)
+        elif isinstance(report, ScoreReport):
+            self._metrics.count_score(report.seconds, report.num_forward_passes)
+        elif self._is_cuda:
             _leave_if_broken()
+        self._metrics.note_gpu_peak("cuda" if self._is_cuda else "cpu")
         return report
 
     def begin(self) -> int:

@@ -109,7 +109,7 @@ class RayMergeWorker:
 
     def _counted(self, report: R) -> R:
         assert self._metrics is not None
-        self._metrics.count(report, self._ready().gpu_peak_bytes())
+        self._metrics.count(report, self._ready().context.device)
         return report
 
     def _ready(self) -> MergeWorker:

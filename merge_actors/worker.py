@@ -293,14 +293,6 @@ class MergeWorker:
         finally:
             self._lanes.put(lane)
 
-    def gpu_peak_bytes(self) -> int | None:
-        """Return the most GPU memory that this process has held so far; None on a CPU."""
-        if self.context.device == "cpu":
-            return None
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-
     def close(self) -> None:
         """Close the worker's files, and give torch's threads back."""
         self._files.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 import ray
 
 from raymerge.merge_actors.actor_log import begin_log
 from raymerge.merge_actors.place_check import check_place
+from raymerge.merge_actors.ray_metrics import ActivationMetrics
 from raymerge.stats.activation_worker import ActivationWorker
 from raymerge.stats.exchange import TorchExchange, join_store, make_store
 from raymerge.stats.layer_groups import LayerGroup
@@ -26,6 +28,7 @@ class RayActivationWorker:
         if job.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         begin_log(f"activation worker {rank}, run in {job.work_folder}")
+        self._metrics = ActivationMetrics(f"job {ray.get_runtime_context().get_job_id()}")
         self._worker = ActivationWorker(job, rank)
 
     def describe(self) -> Description:
@@ -46,7 +49,11 @@ class RayActivationWorker:
 
     def accumulate(self, group: LayerGroup, shards: Sequence[int], settings: PassSettings) -> GroupReport:
         """See `ActivationWorker.accumulate`."""
-        return self._worker.accumulate(group, shards, settings)
+        begin, before = time.perf_counter(), self._worker.num_tokens
+        report = self._worker.accumulate(group, shards, settings)
+        self._metrics.count(time.perf_counter() - begin, self._worker.num_tokens - before)
+        self._metrics.note_gpu_peak(self._worker.job.device)
+        return report
 
     def write(self, entries: Sequence[Entry], file: str, num_examples: int) -> str | None:
         """See `ActivationWorker.write`."""

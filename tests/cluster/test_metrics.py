@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -9,7 +10,13 @@ import urllib.request
 from pathlib import Path
 
 import raymerge
+from raymerge.cluster.grid import grid
+from raymerge.cluster.grid_options import GridOptions
+from raymerge.cluster.grid_run import open_runner
+from raymerge.cluster.statistics import collect_statistics
+from raymerge.cluster.statistics_options import StatisticsOptions
 from raymerge.merge_actors.ray_metrics import DriverMetrics
+from raymerge.stats.data_rows import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,3 +72,38 @@ def test_the_dashboard_draws_metrics_that_exist():
         for target in panel["targets"]:
             drawn |= set(re.findall(r"ray_(raymerge_\w+?)(?:_total|_bucket|_sum)?\{", target["expr"]))
     assert drawn and drawn <= known
+
+
+def _wait_until_exported(*names: str) -> None:
+    deadline = time.monotonic() + 120
+    while not all(_total(name) for name in names):  # Ray exports every few seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_points_passes_and_tokens_are_exported(ray_session, tiny_checkpoints, tmp_path):
+    """Asked for while the actors are up: Ray forgets what an actor that ends has not exported."""
+    family = tiny_checkpoints("llama")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"word{i} word{i + 1}"}) + "\n" for i in range(8)))
+
+    @contextlib.contextmanager
+    def opener(*arguments):
+        with open_runner(*arguments) as runner:
+            yield runner
+            _wait_until_exported("point_merges", "forward_passes")
+
+    raw = {
+        "merge_method": "linear",
+        "models": [{"model": str(model), "parameters": {"weight": "$w"}} for model in family.models],
+        "grid": {"w": [0.5, 1]},
+        "evaluate": [{"name": "lm", "kind": "loss", "validation": str(data)}],
+    }
+    grid(raw, tmp_path / "grid", GridOptions(workers=1), open_runner=opener)
+    options = StatisticsOptions(kind="gram", data=DataSpec(source=str(data)), workers=1)
+    model = str(family.models[0])
+    collect_statistics(
+        model, tmp_path / "grams", options, on_progress=lambda progress: _wait_until_exported("tokens")
+    )
+    phases = set(re.findall(r'^ray_raymerge_task_seconds_bucket\{.*phase="(\w+)".*\}', _exported(), re.M))
+    assert {"score", "accumulate"} <= phases
