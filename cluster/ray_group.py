@@ -26,8 +26,6 @@ START_SECONDS = patience.START_SECONDS
 BUSY_SECONDS = patience.BUSY_SECONDS
 #: How long to wait for the last of them, where a run needs to know how many there are.
 GATHER_SECONDS = 60.0
-#: How long an actor that has worked before may take to begin its next run.
-AGAIN_SECONDS = 60.0
 #: How often to say that we wait, and how often to look for nodes that have joined.
 _REMARK_SECONDS, _GROW_SECONDS = 60.0, 5.0
 #: What Ray says of a worker that was killed for its memory.
@@ -67,10 +65,10 @@ class RayGroup:
         self._context: Any = None
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[int, Any]] = {}
-        #: those of the starting actors that have worked before, and when they were called
-        self._called_again: dict[Any, float] = {}
+        #: those of the starting actors that have worked before: they answer while they begin the next run
+        self._called_again: set[int] = set()
         self._in_flight: dict[Any, tuple[int, Instruction]] = {}
-        self._life = SignsOfLife(lambda worker: self._actors[worker].is_alive.remote())
+        self._life = SignsOfLife(lambda worker: self._all_actors()[worker].is_alive.remote())
         self._next_number = 0
         self._metrics: DriverMetrics | None = None
         self._run = -1
@@ -89,12 +87,11 @@ class RayGroup:
         self._run_context, self._context = context, ray.put(context)
         self._run += 1
         self._losses_left = LOSSES_PER_WORKER * self._num_workers
-        actors = {**self._actors, **dict(self._starting.values())}
-        ready, self._actors, self._starting = self._actors.keys(), {}, {}
+        actors = self._all_actors()
+        self._called_again |= self._actors.keys()
+        self._actors, self._starting = {}, {}
         for number, actor in actors.items():
-            reference = self._set_up(number, actor)
-            if number in ready:
-                self._called_again[reference] = time.monotonic()
+            self._set_up(number, actor)
         while len(self._starting) < self._num_workers:
             self._launch()
         self._last_alive = self._last_remark = self._last_look = time.monotonic()
@@ -144,12 +141,13 @@ class RayGroup:
             ClusterError: for a long time there was no worker at all, or too many were lost.
         """
         self._look_after_the_cluster()
-        self._life.look(self._actors.keys() & {worker for worker, _ in self._in_flight.values()})
+        busy = {worker for worker, _ in self._in_flight.values()} | self._called_again
+        self._life.look(self._all_actors().keys() & busy)
         waiting = [*self._in_flight, *self._starting, *self._life.questions()]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_seconds, fetch_local=True)
         if ready:  # everything else that is there already, in one sweep
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=True)
-        events = self._give_up_silent_actors()
+        events: list[Event] = []
         for reference in ready:
             if reference in self._starting:
                 events += self._joined(reference)
@@ -159,7 +157,7 @@ class RayGroup:
             else:
                 self._life.answered(reference)
         for worker in self._life.silent():
-            if worker in self._actors:
+            if worker in self._all_actors():
                 reason = f"worker {worker} hangs: no answer in {signs_of_life.SILENT_SECONDS:g} s"
                 self._on_remark(f"{reason}; another takes its place")
                 events += self._lose(worker, reason)
@@ -176,7 +174,7 @@ class RayGroup:
 
     def close(self) -> None:
         """Kill every actor."""
-        for actor in [*self._actors.values(), *(actor for _, actor in self._starting.values())]:
+        for actor in self._all_actors().values():
             ray.kill(actor)
         self._actors, self._starting, self._in_flight = {}, {}, {}
 
@@ -206,33 +204,24 @@ class RayGroup:
         actor = skin.options(**self._options).remote()
         self._set_up(number, actor)
 
-    def _set_up(self, number: int, actor: Any) -> Any:
-        reference = actor.setup.remote(self._context, self._run)
-        self._starting[reference] = (number, actor)
-        return reference
+    def _set_up(self, number: int, actor: Any) -> None:
+        self._starting[actor.setup.remote(self._context, self._run)] = (number, actor)
 
-    def _give_up_silent_actors(self) -> list[Event]:
-        """Replace actors that have worked before and do not answer now: their process or node hangs."""
-        events: list[Event] = []
-        for reference, since in list(self._called_again.items()):
-            if reference not in self._starting:
-                del self._called_again[reference]
-            elif time.monotonic() - since > AGAIN_SECONDS:
-                del self._called_again[reference]
-                number, actor = self._starting.pop(reference)
-                ray.kill(actor)
-                events += self._lose(number, f"worker {number} hangs: no answer in {AGAIN_SECONDS:g} s")
-        return events
+    def _all_actors(self) -> dict[int, Any]:
+        """Return the actors that are ready and those that are starting."""
+        return {**self._actors, **dict(self._starting.values())}
 
     def _joined(self, reference: Any) -> list[Event]:
-        number, actor = self._starting.pop(reference)
+        number, actor = self._starting[reference]
         try:
             ray.get(reference, timeout=30)
         except RayTaskError as error:
+            del self._starting[reference]
             return [Failed(number, MergeTask(number=-1, pieces=()), _cause(error))]
         except RayError as error:  # it died, hangs, or its environment cannot be made on its node
-            ray.kill(actor)  # it may only be slow, and must not hold what its replacement needs
             return self._lose(number, f"worker {number} did not start: {_in_one_line(error)}")
+        del self._starting[reference]
+        self._called_again.discard(number)
         self._actors[number] = actor
         return []
 
@@ -261,9 +250,14 @@ class RayGroup:
         self._in_flight = {
             reference: entry for reference, entry in self._in_flight.items() if entry[0] != worker
         }
-        actor = self._actors.pop(worker, None)
-        if actor is not None:
+        actor = self._all_actors().get(worker)
+        if actor is not None:  # it may only be slow, and must not hold what its replacement needs
             ray.kill(actor)
+        self._actors.pop(worker, None)
+        self._starting = {
+            reference: entry for reference, entry in self._starting.items() if entry[0] != worker
+        }
+        self._called_again.discard(worker)
         if _MEMORY.search(reason):
             # Kernel or Ray took the memory back; the next one makes do with less.
             assert self._run_context is not None

@@ -971,7 +971,8 @@ def test_session_replaces_an_actor_that_froze_between_merges(
     ray_session: None, tmp_path: Path, many_tasks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only actor is frozen while it has nothing to do: the next merge would wait for it without end."""
-    monkeypatch.setattr("raymerge.cluster.ray_group.AGAIN_SECONDS", 1.0)
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.QUIET_SECONDS", 0.5)
+    monkeypatch.setattr("raymerge.cluster.signs_of_life.SILENT_SECONDS", 2.0)
     with Session(workers=1, device="cpu") as session:
         session.merge(many_tasks[0], tmp_path / "first", slice_mib=1)
         assert session._workers is not None

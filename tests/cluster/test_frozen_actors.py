@@ -96,3 +96,35 @@ def test_a_slow_worker_is_left_alone(
     result = raymerge.merge(recipe, tmp_path / "out", workers=1, device="cpu")
     assert result.totals.num_retries == 0 and result.seconds > SILENT_SECONDS + 3
     assert _same_bytes(tmp_path)
+
+
+def _begin_slowly(actor: Any) -> None:
+    """Let an actor take long to begin its next run: it downloads a model, or the store is slow."""
+    begin = actor._begin
+
+    def wait_and_begin(context: Any) -> None:
+        time.sleep(SILENT_SECONDS + 1.5)
+        begin(context)
+
+    actor._begin = wait_and_begin
+
+
+def test_a_worker_that_takes_long_to_begin_its_next_run_is_left_alone(
+    ray_session: None, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[str] = []
+    lose = RayGroup._lose
+
+    def note(group: RayGroup, worker: int, reason: str) -> Any:
+        lost.append(reason)
+        return lose(group, worker, reason)
+
+    monkeypatch.setattr(RayGroup, "_lose", note)
+    before_first_task(
+        monkeypatch, lambda actor: ray.get(actor.__ray_call__.remote(_begin_slowly), timeout=60)
+    )
+    with raymerge.Session(workers=1, device="cpu") as session:
+        session.merge(recipe, tmp_path / "expected")
+        session.merge(recipe, tmp_path / "out")
+    assert not lost
+    assert _same_bytes(tmp_path)
