@@ -33,7 +33,7 @@ def check_listens(address: str) -> None:
         try:
             socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())).close()
             return
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:  # a port, or a name, that there cannot be
             if time.monotonic() > deadline or not isinstance(error, OSError):
                 raise ClusterError(
                     f"no Ray cluster answers at {address}: {error}; give HOST:PORT of its head, as `ray start --head` "

@@ -30,9 +30,10 @@ def test_nothing_listens(host: str) -> None:
         check_listens(f"{host}:{port}")
 
 
-def test_a_port_that_there_is_not() -> None:
-    with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:99999"):
-        check_listens("127.0.0.1:99999")
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "head..cluster:6379"])
+def test_a_port_or_a_host_that_there_cannot_be(address: str) -> None:
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"):
+        check_listens(address)
 
 
 def test_a_head_that_begins_to_listen_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
