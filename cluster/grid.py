@@ -23,7 +23,6 @@ from raymerge.cluster.grid_spec import GridSource, GridSpec, read_grid
 from raymerge.cluster.remote_grid_folder import open_grid_folder
 from raymerge.cluster.results import ResultsWriter, metric_columns, read_results, read_rows
 from raymerge.cluster.select import Ranked, rank
-from raymerge.merge_actors.errors import RaymergeError
 from raymerge.stats.evaluation.parts import ModelNeeds
 from raymerge.stats.evaluation.tasks import EvaluationSpec
 
@@ -299,11 +298,7 @@ class GridRun:
 
     def _read_earlier(self) -> None:
         """Read what an earlier run has finished; failed points are run again."""
-        try:
-            rows = read_rows(self.folder.path)
-        except RaymergeError:
-            return
-        for row in rows:
+        for row in read_rows(self.folder.path):
             if row["status"] != "failed":
                 table = self.earlier if row["split"] == "validation" else self.earlier_tests
                 table.setdefault(row["key"], row)

@@ -185,7 +185,9 @@ class RayGroup:
             self._last_alive = now
             if self._how_many is not None and now - self._last_look > _GROW_SECONDS:
                 self._last_look = now
-                while self._num_workers < self._how_many():
+                # No more than there is room for: an actor that waits is a demand by which a cluster grows.
+                missing = self._how_many() - self._num_workers
+                for _ in range(min(missing, _room(self._options)) if missing > 0 else 0):
                     self._num_workers += 1
                     self._launch()
         elif now - self._last_alive > (BUSY_SECONDS if _fits(self._options) else START_SECONDS):
@@ -307,6 +309,13 @@ def _shortage(options: Mapping[str, Any], num_workers: int) -> str:
         f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")
     )
     return f"asked for {asked}, the cluster has {have}"
+
+
+def _room(options: Mapping[str, Any]) -> int:
+    """Return how many workers could start now."""
+    free = ray.available_resources()
+    asked = {"CPU": options["num_cpus"], "GPU": options["num_gpus"]}
+    return int(min(free.get(name, 0) // number for name, number in asked.items() if number))
 
 
 def _fits(options: Mapping[str, Any]) -> bool:

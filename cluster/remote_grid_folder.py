@@ -136,9 +136,14 @@ class RemoteGridFolder(GridFolder):
                 self._write_changes()
                 self._failure = None
             except RaymergeError as error:
-                if self._failure is None:
-                    self._failing_since = time.monotonic()
-                self._failure = error
+                self._fail(error)
+            except OSError as error:  # of this machine
+                self._fail(write_error(self.path, error))
+
+    def _fail(self, error: RaymergeError) -> None:
+        if self._failure is None:
+            self._failing_since = time.monotonic()
+        self._failure = error
 
     def _leave(self) -> None:
         """Write the last changes; what the store does not take is kept here, and the error says where."""

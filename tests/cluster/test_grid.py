@@ -304,3 +304,15 @@ def test_two_runs_do_not_write_one_folder(family: Family, fake_runner: Any, tmp_
     (tmp_path / "mine" / "thesis.txt").write_text("!")
     with pytest.raises(OutputError, match="holds no results of a grid"):
         _run(_grid(family), tmp_path / "mine", fake_runner(_score), overwrite=True)
+
+
+def test_results_that_cannot_be_read_are_not_thrown_away(
+    family: Family, fake_runner: Any, tmp_path: Path
+) -> None:
+    runner = fake_runner(_score)
+    _run(_grid(family), tmp_path / "out", runner)
+    (tmp_path / "out/results.parquet").write_bytes(b"torn")
+    with pytest.raises(OutputError, match=r"results\.parquet is no table of results"):
+        _run(_grid(family), tmp_path / "out", runner, resume=True)
+    assert (tmp_path / "out/results.parquet").read_bytes() == b"torn"
+    assert len(runner.ran) == 12

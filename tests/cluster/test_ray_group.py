@@ -94,3 +94,18 @@ def test_an_actor_that_does_not_start_is_replaced_and_at_last_a_sentence(
     ):
         group._joined("reference")
     assert (group.num_launched, len(group.killed)) == (2, 3)
+
+
+def test_a_run_grows_by_what_is_free_and_asks_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor that waits for a GPU of another job would make a cluster add machines, and the run grow again."""
+    free = {"CPU": 7.0, "GPU": 2.0}
+    monkeypatch.setattr(ray_group.ray, "available_resources", lambda: free)
+    group = RayGroup(4, num_cpus=1, num_gpus=1, how_many=lambda: 10)
+    launched: list[int] = []
+    monkeypatch.setattr(group, "_launch", lambda: launched.append(1))
+    group._actors = {0: object()}
+    for available, expected in ((2.0, 2), (0.0, 2), (7.0, 6)):
+        free["GPU"], group._last_look = available, -1e9
+        group._look_after_the_cluster()
+        assert len(launched) == expected
+    assert group._num_workers == 10
