@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 from raymerge.cluster.ray_address import check_listens
@@ -235,10 +236,18 @@ def _on_loopback() -> Iterator[None]:
     """Let the processes of a Ray that is started here listen on 127.0.0.1 and nowhere else.
 
     As Ray does by itself on macOS and Windows; on Linux it takes an address that others reach, and listens on all.
+
+    Raises:
+        ClusterError: this version of Ray has no such switch.
     """
     from ray._private import ray_constants
 
-    usual = ray_constants.ENABLE_RAY_CLUSTER
+    usual = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    if usual is None:
+        raise ClusterError(
+            f"Ray {metadata.version('ray')} cannot be kept from listening on all interfaces; install ray==2.60.0, or run "
+            "`ray start --head --node-ip-address 127.0.0.1` and name it: --address 127.0.0.1:6379"
+        )
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield

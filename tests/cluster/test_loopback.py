@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from raymerge.cluster.connect import _on_loopback
+from raymerge.merge_actors.errors import ClusterError
 from raymerge.stats.exchange import join_store, make_store
 
 #: Prints the addresses on which an embedded Ray, its actor and this process listen.
@@ -67,3 +69,11 @@ def test_workers_that_measure_together_meet_at_their_nodes_address_only(monkeypa
     assert store.get("key") == b"value"
     if sys.platform == "linux":
         assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_ray_that_cannot_be_kept_to_this_machine_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants
+
+    monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    with pytest.raises(ClusterError, match="cannot be kept from listening on all interfaces"), _on_loopback():
+        pass
