@@ -245,8 +245,8 @@ def _on_loopback() -> Iterator[None]:
     usual = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
     if usual is None:
         raise ClusterError(
-            f"Ray {metadata.version('ray')} cannot be kept from listening on all interfaces; install ray==2.60.0, or run "
-            "`ray start --head --node-ip-address 127.0.0.1` and name it: --address 127.0.0.1:6379"
+            f"Ray {metadata.version('ray')} cannot be kept from listening on all interfaces; install ray==2.60.0, or "
+            "run `ray start --head --node-ip-address 127.0.0.1` and name it: --address 127.0.0.1:6379"
         )
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
