@@ -7,11 +7,15 @@ import os
 from raymerge.merge_actors.checkpoint.hub import locate
 from raymerge.merge_actors.errors import CheckpointError, ClusterError, OutputError
 from raymerge.merge_actors.files import Files
-from raymerge.merge_actors.storage.folders import exists
+from raymerge.merge_actors.storage.folders import entries, exists
+from raymerge.merge_actors.storage.objects import delete_objects
 from raymerge.merge_actors.storage.retry import with_retries
 from raymerge.merge_actors.storage.store import store_of
 from raymerge.merge_actors.storage.uris import is_remote
 from raymerge.merge_actors.task import RunContext
+
+#: Beginning of the name of what a node writes to see whether it may.
+_MARK = "node-"
 
 
 def check_node(context: RunContext, files: Files) -> str:
@@ -52,11 +56,17 @@ def _check_reachable(host: str, uri: str) -> None:
 
 
 def _check_writable(host: str, folder: str) -> None:
-    """Write a small object: a node may be allowed to read a bucket and not to write it."""
-    uri = f"{folder}/node-{host}"
+    """Write a small object: a node may be allowed to read a bucket and not to write it.
+
+    The run takes it away with its folder. A worker that comes late may write it when that is done, and finds nothing
+    there of a run that goes on.
+    """
+    uri = f"{folder}/{_MARK}{host}"
     try:
         with_retries(
             lambda: store_of(uri).write(uri, [host.encode()], blocks_in_flight=1), f"write {uri}", OutputError
         )
     except OutputError as error:
         raise ClusterError(f"node {host} cannot write under {folder}: {error}") from error
+    if all(entry.name.startswith(_MARK) for entry in entries(folder)):
+        delete_objects([uri])

@@ -358,6 +358,18 @@ def test_a_node_that_does_not_reach_a_bucket_is_named(
     worker.close()
 
 
+def test_a_worker_that_comes_when_all_is_done_leaves_nothing(out: str, object_store: ObjectStore) -> None:
+    folder = RemoteRunFolder(out, is_campaign=False).path
+    worker = MergeWorker(context(writable_folders=(folder,)))
+    worker.check()
+    assert object_store.keys(key_of(folder)) == []
+    object_store.put_bytes(f"{key_of(folder)}/lock-1.json", b"of a run that goes on")
+    worker.check()
+    worker.close()
+    mark = f"{key_of(folder)}/node-{os.uname().nodename}"
+    assert object_store.keys(key_of(folder)) == [f"{key_of(folder)}/lock-1.json", mark]
+
+
 def test_no_secret_is_written_anywhere(
     recipe: Any, out: str, object_store: ObjectStore, tmp_path: Path
 ) -> None:
