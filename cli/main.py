@@ -51,6 +51,7 @@ class _LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; one that SIGTERM ended exits as a shell says it, with 143."""
         with _interruptible() as came:
             try:
                 return super().invoke(ctx)

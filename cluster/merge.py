@@ -101,17 +101,13 @@ def merge(
     )
     run = _Run(folder, options, workers, remark, show_progress, strict)
     outputs = _run_to_commit(run, read)
-    return _result(run, outputs, remarks, time.monotonic() - started)
-
-
-def _result(run: _Run, outputs: Sequence[str], remarks: Sequence[str], seconds: float) -> MergeResult:
     assert run.placement is not None
     return MergeResult(
         outputs=tuple(outputs),
         totals=run.totals,
         num_tasks=run.num_tasks,
         num_resumed=run.num_resumed,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         device=run.placement.device,
         num_workers=run.placement.num_workers,
         remarks=tuple(remarks),

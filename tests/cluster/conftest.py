@@ -249,3 +249,10 @@ def evaluation(tiny_head: Path, tmp_path_factory: pytest.TempPathFactory) -> Any
             ],
         }
     )
+
+
+@pytest.fixture
+def grid_family(tiny_checkpoints: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return models for grids whose tasks are not looked at: their scores are made up."""
+    monkeypatch.setattr("raymerge.cluster.grid_plan._check_tasks", lambda evaluation, folder: [])
+    return tiny_checkpoints("llama")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ FakeRunner = Any
 
 
 @pytest.fixture
-def family(tiny_checkpoints: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("raymerge.cluster.grid_plan._check_tasks", lambda evaluation, folder: [])
-    return tiny_checkpoints("llama")
+def family(grid_family: Any) -> Any:
+    return grid_family
 
 
 def _grid(family: Any, **more: Any) -> dict[str, Any]:

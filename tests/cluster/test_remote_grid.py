@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ FakeRunner = Any
 
 
 @pytest.fixture
-def family(tiny_checkpoints: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("raymerge.cluster.grid_plan._check_tasks", lambda evaluation, folder: [])
-    return tiny_checkpoints("llama")
+def family(grid_family: Any) -> Any:
+    return grid_family
 
 
 @pytest.fixture
