@@ -103,7 +103,7 @@ class GridFolder:
 
     def clear(self) -> None:
         """Remove an earlier run's results and checkpoints; files that are not ours stay."""
-        for name in os.listdir(self.path):
+        for name in sorted(os.listdir(self.path), key=RUN_NAME.__eq__):  # by which the rest is known for ours
             if name.startswith("best-") and os.path.isdir(self.file(name)):
                 shutil.rmtree(self.file(name))
             elif name in (RESULTS_NAME, JOURNAL_NAME, RUN_NAME, BEST_NAME):

@@ -109,10 +109,10 @@ class RemoteGridFolder(GridFolder):
     def clear(self) -> None:
         """Remove an earlier run's results and checkpoints; objects that are not ours stay."""
         self._lock.check_held()
-        super().clear()
         for entry in entries(self.out):
             if entry.is_folder and entry.name.startswith("best-"):
                 delete_folder(f"{self.out}/{entry.name}")
+        super().clear()  # last: by run.json the next run knows what is left for ours
 
     def _fetch(self) -> None:
         # Not by a listing: a table that came after it would be missed, and its rows are in the journal no more.
@@ -166,7 +166,7 @@ class RemoteGridFolder(GridFolder):
             if data is not None:
                 write_object(f"{self.out}/{name}", data)
                 self._written[name] = versions[name]
-        gone = [name for name in self._written if name not in versions]
+        gone = sorted((name for name in self._written if name not in versions), key=RUN_NAME.__eq__)
         delete_objects([f"{self.out}/{name}" for name in gone])
         for name in gone:
             del self._written[name]

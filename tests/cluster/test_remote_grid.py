@@ -215,13 +215,15 @@ def test_a_store_that_fails_for_minutes_ends_the_run(
     monkeypatch.setattr(remote_grid_folder, "SYNC_SECONDS", 0.02)
     monkeypatch.setattr(remote_grid_folder, "STALE_SECONDS", 0.2)
     folder = open_grid_folder(out)
-    fault = None
+    fault, outlived = None, []
     with pytest.raises(OutputError, match=r"cannot write .*run\.json"), folder.locked():
         fault = object_store.fail("403", "run.json", method="PUT", times=10**6)
         folder.write_json("run.json", {})
         for _ in range(2000):
             folder.check()
             time.sleep(0.005)
+        outlived.append(True)
+    assert not outlived, "it was ended by its last writing, not by `check`"
     assert fault is not None
     assert fault.num_done >= 2, "it was tried again before the run ended"
     object_store.faults.clear()
@@ -294,6 +296,7 @@ def test_a_driver_that_was_stopped_writes_nothing_over_its_successor(
         assert object_store.keys(key) == []
         with pytest.raises(OutputError, match="another run took"):
             folder.clear()
-        for _ in range(400):
-            folder.check()
-            time.sleep(0.005)
+        with pytest.raises(OutputError, match="another run took"):
+            for _ in range(400):
+                folder.check()
+                time.sleep(0.005)
