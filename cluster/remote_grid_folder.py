@@ -150,7 +150,7 @@ class RemoteGridFolder(GridFolder):
         try:
             self._lock.check_held()
             self._write_changes()
-        except RaymergeError as error:
+        except (RaymergeError, OSError) as error:
             raise OutputError(f"{error}; the results are kept in {self.path}") from error
         shutil.rmtree(self.path, ignore_errors=True)
 

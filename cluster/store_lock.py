@@ -185,7 +185,7 @@ def owner_of(folder: str) -> tuple[str | None, bool]:
     if ticket is None:
         return None, False
     owner = None
-    with contextlib.suppress(ValueError, KeyError):
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         found = json.loads(read_bytes(f"{folder}/{ticket.name}"))
         owner = in_words(found)
         if is_dead(found):
